@@ -1,0 +1,1 @@
+"""Model → trace, segments, coupled axes."""

@@ -1,0 +1,211 @@
+"""One graph for both modes, from one export in eval and one in train mode.
+
+An export bakes ``self.training``. What differs between the two graphs is made to follow the module again: a
+module that differs (drop path, a batch norm of one's own) is lifted whole, a scalar that differs (the flag of
+a functional dropout) becomes an expression of ``self.training``.
+"""
+
+import operator
+import types
+
+import torch
+from torch import fx, nn
+
+from espalier.graph.lift import Call, boundary, calls, collapse, is_tensor, stack_of
+
+
+def reads_training(model: nn.Module) -> bool:
+    """Whether any code of the model, its ``torch.nn`` layers aside, may depend on ``training``.
+
+    >>> reads_training(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
+    False
+    """
+    seen: set[types.CodeType] = set()
+    for cls in {type(module) for module in model.modules()}:
+        for base in cls.__mro__:
+            if base.__module__.startswith("torch.nn.") or base in (object, nn.Module):
+                continue
+            for member in vars(base).values():
+                function = getattr(member, "__func__", getattr(member, "fget", member))
+                if isinstance(function, types.FunctionType) and _mentions_training(function, seen):
+                    return True
+    return False
+
+
+def _mentions_training(function: types.FunctionType, seen: set[types.CodeType]) -> bool:
+    """Looks into the function, what is nested in it, and the plain Python functions that it names."""
+    pending = [function.__code__]
+    while pending:
+        code = pending.pop()
+        if code in seen:
+            continue
+        seen.add(code)
+        if "training" in code.co_names or "training" in code.co_consts:
+            return True
+        pending += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        for name in code.co_names:
+            called = function.__globals__.get(name)
+            if isinstance(called, types.FunctionType) and not called.__module__.startswith("torch."):
+                called_seen = called.__code__ in seen
+                if not called_seen and _mentions_training(called, seen):
+                    return True
+    closure = function.__closure__ or ()
+    cells = [c.cell_contents for c in closure if isinstance(getattr(c, "cell_contents", None), types.FunctionType)]
+    return any(_mentions_training(f, seen) for f in cells if f.__code__ not in seen)
+
+
+def merge(evaluated: fx.Graph, trained: fx.Graph, model: nn.Module) -> str:
+    """Make ``trained`` obey train/eval, in place; return '' or the reason why the two cannot be merged."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for _ in range(8):
+        only_trained = _mode_only(evaluated, trained)
+        left, right = _compared(evaluated, set()), _compared(trained, only_trained)
+        if [_signature(n) for n in left] == [_signature(n) for n in right]:
+            return _follow_training(trained, list(zip(right, left, strict=True)), only_trained)
+        if not _lift_what_differs(evaluated, trained, modules):
+            break
+    differs = _first_difference(left, right)
+    return f"its graph in train mode has other operators than in eval mode, first at {differs}"
+
+
+def _compared(graph: fx.Graph, leave_out: set[fx.Node]) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op.startswith("call_") and is_tensor(n) and n not in leave_out]
+
+
+def _signature(node: fx.Node) -> tuple[object, ...]:
+    return node.op, node.target
+
+
+def _first_difference(left: list[fx.Node], right: list[fx.Node]) -> str:
+    for a, b in zip(left, right, strict=False):
+        if _signature(a) != _signature(b):
+            return f"'{(stack_of(b) or [('', '')])[-1][1] or '<root>'}' ({a.target} against {b.target})"
+    longer = max(left, right, key=len)
+    extra = longer[min(len(left), len(right))]
+    return f"'{(stack_of(extra) or [('', '')])[-1][1] or '<root>'}' ({extra.target})"
+
+
+def _mode_only(evaluated: fx.Graph, trained: fx.Graph) -> set[fx.Node]:
+    """Lifted modules of the train graph whose call vanished altogether in eval mode (drop path)."""
+    there = {key for node in evaluated.nodes for key, _ in stack_of(node)}
+    return {
+        n
+        for n in trained.nodes
+        if n.op == "call_module" and n.meta.get("lifted_whole") and n.meta["lifted_whole"] not in there
+    }
+
+
+def _lift_what_differs(evaluated: fx.Graph, trained: fx.Graph, modules: dict[str, nn.Module]) -> bool:
+    """Lift, in both graphs, the innermost module calls whose nodes differ; False if none could be."""
+    in_eval, in_train = _by_innermost_call(evaluated), _by_innermost_call(trained)
+    changed = False
+    tried: set[str] = set()
+    for key, (ancestry, signatures) in in_train.items():
+        if key in in_eval and in_eval[key][1] == signatures:
+            continue
+        for outer_key, path in reversed(ancestry):
+            if outer_key in tried or not path:
+                break
+            tried.add(outer_key)
+            if _collapse_call(trained, outer_key, path, modules):
+                _collapse_call(evaluated, outer_key, path, modules)
+                changed = True
+                break
+    return changed
+
+
+def _by_innermost_call(graph: fx.Graph) -> dict[str, tuple[list[tuple[str, str]], list[tuple[object, ...]]]]:
+    found: dict[str, tuple[list[tuple[str, str]], list[tuple[object, ...]]]] = {}
+    for node in graph.nodes:
+        stack = stack_of(node)
+        if node.op.startswith("call_") and is_tensor(node) and stack:
+            found.setdefault(stack[-1][0], (stack, []))[1].append(_signature(node))
+    return found
+
+
+def _collapse_call(graph: fx.Graph, key: str, path: str, modules: dict[str, nn.Module]) -> bool:
+    for call in calls(graph, {path: modules[path]}):
+        if call.key == key and not all(n.op == "call_module" and n.target == path for n in call.nodes):
+            _drop_updates(graph, call)
+            lifted = collapse(graph, call, modules[path])
+            if lifted is not None:
+                lifted.meta["lifted_whole"] = key
+            return lifted is not None
+    return False
+
+
+def _drop_updates(graph: fx.Graph, call: Call) -> None:
+    """Writes into the module's own buffers go with it: the lifted module does them itself."""
+    _, outputs = boundary(call)
+    for node in list(call.nodes):
+        if not node.users and node not in outputs and node.op == "call_function":
+            graph.erase_node(node)
+            call.nodes.remove(node)
+
+
+def _follow_training(
+    graph: fx.Graph, pairs: list[tuple[fx.Node, fx.Node]], only_trained: set[fx.Node]
+) -> str:
+    """Replace every scalar argument that differs between the modes; '' or why the graphs do not match."""
+    same = dict(pairs)
+    same |= dict(zip(_of(graph, "placeholder"), _of(pairs[0][1].graph, "placeholder"), strict=True)) if pairs else {}
+
+    def counterpart(node: fx.Node) -> fx.Node | None:
+        while node in only_trained:
+            node = node.all_input_nodes[0]
+        return same.get(node)
+
+    training: fx.Node | None = None
+    for node, other in pairs:
+        _spell_out_defaults(node, other)
+        flat, spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
+        flat_other, spec_other = torch.utils._pytree.tree_flatten((other.args, other.kwargs))
+        if spec != spec_other:
+            return f"the call of {node.target} has other arguments in train mode"
+        for i, (a, b) in enumerate(zip(flat, flat_other, strict=True)):
+            if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+                if not is_tensor(a) and not is_tensor(b):
+                    continue  # a size, which both modes compute alike
+                if not (a.op == b.op == "get_attr" and a.target == b.target) and counterpart(a) is not b:
+                    return f"the call of {node.target} reads another tensor in train mode"
+            elif type(a) is not type(b) or a != b:
+                if isinstance(a, (fx.Node, torch.Tensor)) or isinstance(b, (fx.Node, torch.Tensor)):
+                    return f"the call of {node.target} has other arguments in train mode"
+                training = training or _read_flag(graph)
+                with graph.inserting_before(node):
+                    flat[i] = training if (a, b) == (True, False) else _either(graph, b, a, training)
+        node.args, node.kwargs = torch.utils._pytree.tree_unflatten(flat, spec)
+    return ""
+
+
+def _spell_out_defaults(node: fx.Node, other: fx.Node) -> None:
+    """Give both calls the same arguments, by the operator's own defaults."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or (len(node.args), set(node.kwargs)) == (len(other.args), set(other.kwargs)):
+        return
+    for call in (node, other):
+        given = dict(zip((a.name for a in schema.arguments), call.args, strict=False)) | dict(call.kwargs)
+        needed = [a for a in schema.arguments if not a.kwarg_only][: max(len(node.args), len(other.args))]
+        keywords = set(node.kwargs) | set(other.kwargs)
+        call.args = tuple(given.get(a.name, a.default_value) for a in needed)
+        call.kwargs = {
+            a.name: given.get(a.name, a.default_value) for a in schema.arguments[len(needed) :] if a.name in keywords
+        }
+
+
+def _of(graph: fx.Graph, op: str) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == op]
+
+
+def _read_flag(graph: fx.Graph) -> fx.Node:
+    """``training = self.training`` in the generated code."""
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.get_attr("training")
+    node.meta["val"] = True
+    return node
+
+
+def _either(graph: fx.Graph, in_eval: object, in_train: object, training: fx.Node) -> fx.Node:
+    node = graph.call_function(operator.getitem, ((in_eval, in_train), training))
+    node.meta["val"] = in_train
+    return node

@@ -1,0 +1,278 @@
+"""A model as a graph over its own modules.
+
+``torch.export`` records the model's operators; :mod:`espalier.graph.lift` puts them back onto the model's own
+layers. The trace shares the model's parameters: training either trains both.
+"""
+
+import contextlib
+import inspect
+import operator
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from espalier.errors import TraceError
+from espalier.graph.functional import functionalize
+from espalier.graph.lift import SIGNATURE_LAYERS, lift
+from espalier.graph.modes import merge, reads_training
+from espalier.graph.source import where_raised
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A traced model.
+
+    ``graph_module`` calls like the model and returns what it returns. ``args`` and ``kwargs`` are the example
+    inputs as the export saw them. ``notes`` lists in words all that could not be kept.
+    """
+
+    model: nn.Module
+    graph_module: fx.GraphModule
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+
+def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mapping[str, Any] | None = None) -> Trace:
+    """Trace ``model`` on example inputs.
+
+    >>> traced = trace(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), (torch.randn(3, 4),))
+    >>> [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    ['0', '1']
+
+    ``args`` is the tuple of positional inputs (a lone tensor is taken as the only one), ``kwargs`` the keyword
+    ones; tensors may sit in tuples, lists and dicts. Their first dimension is taken as the batch and left free
+    where the model allows it. The model's mode and its gradients stay as they are.
+
+    Raises :class:`TraceError`, which names the module, the source line and what to do.
+    """
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    _check_model(model)
+    args, kwargs = _two_of_a_batch_of_one((args, dict(kwargs or {})))
+    notes: list[str] = []
+    with _quiet(), _restored_modes(model):
+        evaluated, signatures, codegen = _exported(model, args, kwargs, training=False, notes=notes)
+        graph = evaluated
+        if reads_training(model):
+            graph = _both_modes(model, args, kwargs, evaluated, notes)
+    graph.set_codegen(codegen)
+    _drop_unused(graph)
+    return Trace(model, fx.GraphModule(_Root(model, graph), graph, type(model).__name__), args, kwargs, tuple(notes))
+
+
+def _both_modes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], evaluated: fx.Graph, notes: list[str]
+) -> fx.Graph:
+    try:
+        trained, _, _ = _exported(model, args, kwargs, training=True, notes=[])
+    except TraceError as error:
+        notes.append(f"train mode could not be exported, so the trace behaves as in eval mode: {error}")
+        return evaluated
+    backup = fx.Graph()
+    output = backup.graph_copy(evaluated, copied := {})
+    backup.output(output)
+    for node, copy in copied.items():
+        copy.meta = dict(node.meta)
+    reason = merge(evaluated, trained, model)
+    if reason:
+        notes.append(f"functional operators of the trace behave as in eval mode: {reason}")
+        return backup
+    return trained
+
+
+def _exported(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, notes: list[str]
+) -> tuple[fx.Graph, dict[str, Any], Any]:
+    model.train(training)
+    program = _export(model, args, kwargs, notes)
+    module = program.module(check_guards=False)
+    graph = module.graph
+    codegen = graph._codegen
+    graph.owning_module = None
+    _own_constants(model, module)
+    signatures = {entry.fqn: entry for entry in program.module_call_graph}
+    functionalize(graph)
+    lift(graph, model, signatures)
+    return graph, signatures, codegen
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]
+) -> ExportedProgram:
+    signed = tuple(
+        name for name, m in model.named_modules() if name and isinstance(m, SIGNATURE_LAYERS) and not any(
+            isinstance(p, SIGNATURE_LAYERS) and name.startswith(f"{q}.") for q, p in model.named_modules() if q
+        )
+    )  # fmt: skip
+    shapes = ShapesCollection()
+    for tensor in _tensors((args, kwargs)):
+        if tensor.ndim and tensor.shape[0] > 1:
+            shapes[tensor] = {0: Dim.AUTO}
+
+    def export(dynamic: Any, signed: tuple[str, ...]) -> ExportedProgram:
+        return torch.export.export(
+            model, args, kwargs, dynamic_shapes=dynamic, strict=False, preserve_module_call_signature=signed
+        )
+
+    try:
+        return export(shapes, signed)
+    except Exception as error:
+        free_batch = error
+    for attempt_signed in (signed, ()) if signed else ((),):
+        try:
+            program = export(None, attempt_signed)
+        except Exception as error:
+            failure = error
+            continue
+        notes.append(f"the batch size is fixed at that of the example inputs: {_first_line(free_batch)}")
+        return program
+    raise _explained(model, failure) from failure
+
+
+def _explained(model: nn.Module, error: Exception) -> TraceError:
+    path, line = where_raised(model, error)
+    place = f"module '{path or '<root>'}'" + (f" ({line})" if line else "")
+    kind = type(error).__name__
+    if "GuardOnDataDependentSymNode" in kind or "data-dependent" in str(error).lower():
+        advice = (
+            "the forward code decides by the values of a tensor (if/while/int() on a tensor). "
+            "Decide by shapes or flags instead, or use torch.where / torch.cond."
+        )
+    elif isinstance(error, (TypeError, RuntimeError, ValueError, IndexError)):
+        advice = (
+            "the model's own forward failed on the example inputs. Run model(*args, **kwargs) with the same "
+            "inputs: if it fails there too, mend the inputs (number, shapes, dtypes); if not, the operation "
+            "is one that torch.export cannot follow."
+        )
+    else:
+        advice = "torch.export cannot follow this code; rewrite it with tensor operators."
+    return TraceError(f"{place}: {advice}\n  {kind}: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TraceError("the model is wrapped for parallel training: pass its .module, and wrap afterwards.")
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise TraceError(f"parameter '{lazy[0]}' is not initialised yet: run the model once on example inputs.")
+    places: dict[torch.device, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        places.setdefault(tensor.device, name)
+    if not any(True for _ in model.parameters()):
+        raise TraceError(f"{type(model).__name__} has no parameters: there is nothing to make smaller.")
+    if len(places) > 1:
+        listed = ", ".join(f"'{name}' on {device}" for device, name in places.items())
+        raise TraceError(f"the model lies on several devices ({listed}): move it to one with model.to(device).")
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _two_of_a_batch_of_one(tree: Any) -> Any:
+    """A batch of one would be taken as a constant by the export: give it two."""
+    tensors = [t for t in _tensors(tree) if t.ndim]
+    if not tensors or any(t.shape[0] != 1 for t in tensors):
+        return tree
+    return pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t, t]) if t.ndim else t, tree)
+
+
+@contextlib.contextmanager
+def _restored_modes(model: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _own_constants(model: nn.Module, module: fx.GraphModule) -> None:
+    """Keep the tensors that export made of constants where :class:`_Root` finds them."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = operator.attrgetter(node.target)(module)
+            try:
+                own = operator.attrgetter(node.target)(model)
+            except AttributeError:
+                own = None
+            node.meta["constant"] = None if own is not None else value
+
+
+class _Root(nn.Module):
+    """The model's attributes, and the constants that the export added, under one roof."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph):
+        super().__init__()
+        for node in graph.nodes:
+            if node.op not in ("get_attr", "call_module") or node.target == "training":
+                continue
+            constant = node.meta.get("constant")
+            value = operator.attrgetter(node.target)(model) if constant is None else constant
+            _place(self, model, node.target, value)
+
+
+def _place(root: nn.Module, model: nn.Module, target: str, value: Any) -> None:
+    *parents, name = target.split(".")
+    at = root
+    for parent in parents:
+        if not hasattr(at, parent):
+            at.add_module(parent, nn.Module())
+        at = getattr(at, parent)
+    if hasattr(at, name):
+        return
+    if isinstance(value, nn.Parameter):
+        at.register_parameter(name, value)
+    elif isinstance(value, nn.Module):
+        at.add_module(name, value)
+    elif isinstance(value, torch.Tensor):
+        at.register_buffer(name, value, persistent=_is_persistent(model, target))
+    else:
+        setattr(at, name, value)
+
+
+def _is_persistent(model: nn.Module, target: str) -> bool:
+    parent, _, name = target.rpartition(".")
+    try:
+        owner = model.get_submodule(parent)
+    except AttributeError:
+        return False
+    return name in owner._buffers and name not in owner._non_persistent_buffers_set
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+
+
+def signature_of(model: nn.Module) -> inspect.Signature:
+    """The model's forward signature."""
+    return inspect.signature(model.forward)
