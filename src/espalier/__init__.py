@@ -1,3 +1,16 @@
 """espalier: train any PyTorch network once and get back the smaller network worth keeping."""
 
+from espalier.construct import construct
+from espalier.space.budget import Budget
+from espalier.space.search_space import SearchSpace, search_space
+from espalier.space.solution import Solution
+
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Budget",
+    "SearchSpace",
+    "Solution",
+    "construct",
+    "search_space",
+]

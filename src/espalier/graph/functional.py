@@ -51,6 +51,11 @@ def _write_back(graph: fx.Graph, view: fx.Node, parent: fx.Node, new: fx.Node) -
     return None
 
 
+def drop_dead_code(graph: fx.Graph) -> None:
+    """Erase what nothing reads, except inputs and writes into the model's buffers."""
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or is_in_place(node))
+
+
 def is_in_place(node: fx.Node) -> bool:
     """Whether the node writes into its first argument."""
     schema = getattr(node.target, "_schema", None)
@@ -172,4 +177,4 @@ def functionalize(graph: fx.Graph) -> None:
     """
     if any(is_in_place(node) for node in graph.nodes):
         _Functionalizer(graph).run()
-        graph.eliminate_dead_code(lambda node: node.is_impure() or node.op == "placeholder")
+        drop_dead_code(graph)

@@ -61,7 +61,8 @@ def merge(evaluated: fx.Graph, trained: fx.Graph, model: nn.Module) -> str:
         only_trained = _mode_only(evaluated, trained)
         left, right = _compared(evaluated, set()), _compared(trained, only_trained)
         if [_signature(n) for n in left] == [_signature(n) for n in right]:
-            return _follow_training(trained, list(zip(right, left, strict=True)), only_trained)
+            pairs = list(zip(right, left, strict=True))
+            return _other_outputs(evaluated, trained) or _follow_training(trained, pairs, only_trained)
         if not _lift_what_differs(evaluated, trained, modules):
             break
     differs = _first_difference(left, right)
@@ -171,10 +172,31 @@ def _follow_training(
             elif type(a) is not type(b) or a != b:
                 if isinstance(a, (fx.Node, torch.Tensor)) or isinstance(b, (fx.Node, torch.Tensor)):
                     return f"the call of {node.target} has other arguments in train mode"
+                if node.target is torch.ops.aten.dropout.default:
+                    same[_dropout_layer(graph, node)] = other
+                    break
                 training = training or _read_flag(graph)
                 with graph.inserting_before(node):
                     flat[i] = training if (a, b) == (True, False) else _either(graph, b, a, training)
-        node.args, node.kwargs = torch.utils._pytree.tree_unflatten(flat, spec)
+        else:
+            node.args, node.kwargs = torch.utils._pytree.tree_unflatten(flat, spec)
+    return ""
+
+
+def _dropout_layer(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A functional dropout that follows the mode is a dropout layer."""
+    with graph.inserting_before(node):
+        layer = graph.call_module(f"functional_{node.name}", (node.args[0],))
+    layer.meta = {**node.meta, "constant": nn.Dropout(node.args[1])}  # type: ignore[arg-type]
+    node.replace_all_uses_with(layer)
+    graph.erase_node(node)
+    return layer
+
+
+def _other_outputs(evaluated: fx.Graph, trained: fx.Graph) -> str:
+    returned = [len(torch.utils._pytree.tree_leaves(_of(g, "output")[0].args)) for g in (evaluated, trained)]
+    if returned[0] != returned[1]:
+        return f"it returns {returned[1]} tensors in train mode and {returned[0]} in eval mode; the trace returns the latter"
     return ""
 
 

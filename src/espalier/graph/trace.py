@@ -67,7 +67,7 @@ def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mappin
             graph = _both_modes(model, args, kwargs, evaluated, notes)
     graph.set_codegen(codegen)
     _drop_unused(graph)
-    return Trace(model, fx.GraphModule(_Root(model, graph), graph, type(model).__name__), args, kwargs, tuple(notes))
+    return Trace(model, fx.GraphModule(root_for(model, graph), graph, type(model).__name__), args, kwargs, tuple(notes))
 
 
 def _both_modes(
@@ -215,7 +215,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _own_constants(model: nn.Module, module: fx.GraphModule) -> None:
-    """Keep the tensors that export made of constants where :class:`_Root` finds them."""
+    """Keep the tensors that export made of constants where :func:`root_for` finds them."""
     for node in module.graph.nodes:
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(module)
@@ -226,17 +226,16 @@ def _own_constants(model: nn.Module, module: fx.GraphModule) -> None:
             node.meta["constant"] = None if own is not None else value
 
 
-class _Root(nn.Module):
-    """The model's attributes, and the constants that the export added, under one roof."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph):
-        super().__init__()
-        for node in graph.nodes:
-            if node.op not in ("get_attr", "call_module") or node.target == "training":
-                continue
-            constant = node.meta.get("constant")
-            value = operator.attrgetter(node.target)(model) if constant is None else constant
-            _place(self, model, node.target, value)
+def root_for(model: nn.Module, graph: fx.Graph) -> nn.Module:
+    """What ``graph`` reads of ``model``, and the constants that the export added, under one roof."""
+    root = nn.Module()
+    for node in graph.nodes:
+        if node.op not in ("get_attr", "call_module") or node.target == "training":
+            continue
+        constant = node.meta.get("constant")
+        value = operator.attrgetter(node.target)(model) if constant is None else constant
+        _place(root, model, node.target, value)
+    return root
 
 
 def _place(root: nn.Module, model: nn.Module, target: str, value: Any) -> None:

@@ -1,0 +1,1 @@
+"""Families of removable structures, and what makes a removal valid."""
