@@ -36,6 +36,13 @@ def test_demonet_sizes():
     assert flops(model, 3, 32, 32) == pytest.approx(209.98e6, rel=1e-4)
 
 
+def test_demonet_without_three_branches_has_the_papers_sub_network_size():
+    model = DemoNet()
+    gone = [model.conv2, model.bn2, model.conv3, model.bn3, model.conv8, model.bn8]
+    columns = model.conv6.weight[:, : model.conv2.out_channels + model.conv3.out_channels].numel()
+    assert params(model) - sum(map(params, gone)) - columns == 449_034
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (1, 8, 8)])
 def test_demonet_trains(shape):
     assert trains(DemoNet(width=0.125, in_channels=shape[0], num_classes=7), *shape).shape == (2, 7)

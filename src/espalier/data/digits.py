@@ -26,9 +26,8 @@ def digits(split: str = "train", validation: int = 270, test: int = 360, seed: i
     """
     bunch: Any = _sklearn().load_digits()
     images, labels = bunch.images.astype(np.uint8), bunch.target.astype(np.int64)
-    rows = dict(
-        zip(("validation", "test", "train"), stratified(labels, [validation, test], seed), strict=True)
-    )
+    parts = stratified(labels, [validation, test], seed)
+    rows = dict(zip(("validation", "test", "train"), parts, strict=True))
     if split not in rows:
         raise ValueError(f"digits has the splits train, validation and test, not {split!r}")
     sample = images[rows["train"]] / 16

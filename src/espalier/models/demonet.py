@@ -2,7 +2,7 @@
 
 Source: the paper's figure 2 shows the graph; channels and strides are not published.
 Known: the eight convolutions with bias and batch norm, their connections, and the sizes of Table 1.
-Reconstructed: the channels and strides, chosen to meet both rows of that table (3×32×32 input, FLOPs = 2 × MACs).
+Reconstructed: channels and strides, chosen to meet both rows of that table (3×32×32, FLOPs = 2 × MACs).
 
 | network                   | parameters | paper  | FLOPs    | paper |
 | ------------------------- | ---------- | ------ | -------- | ----- |
