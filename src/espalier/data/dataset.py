@@ -59,7 +59,7 @@ class Dataset:
         """uint8 or float [B, C, H, W] in 0 … `maximum` → float32, zero mean and unit variance."""
         scale = torch.tensor(self.std, device=images.device) * self.maximum
         shift = torch.tensor(self.mean, device=images.device) * self.maximum
-        return (images.float() - shift.view(-1, 1, 1)) / scale.view(-1, 1, 1)
+        return images.to(torch.float32, copy=True).sub_(shift.view(-1, 1, 1)).div_(scale.view(-1, 1, 1))
 
     def tensors(self, index: Sequence[int] | np.ndarray | slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Normalised float32 images [B, C, H, W] and int64 labels [B]; without an index, the whole split."""
@@ -82,7 +82,8 @@ def stratified(labels: np.ndarray, sizes: Sequence[int], seed: int) -> tuple[np.
     if min(sizes, default=0) < 0 or sum(sizes) > len(labels):
         raise ValueError(f"cannot take parts of {list(sizes)} rows out of {len(labels)}")
     draw = np.random.RandomState(seed)
-    pools = [draw.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+    ends = np.cumsum(np.unique(labels, return_counts=True)[1])[:-1]
+    pools = [draw.permutation(pool) for pool in np.split(np.argsort(labels, kind="stable"), ends)]
     parts = []
     for size in sizes:
         counts = np.array([len(pool) for pool in pools], dtype=np.int64)
