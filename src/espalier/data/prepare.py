@@ -60,19 +60,16 @@ def prepare(
 
 
 def _source(known: DatasetInfo, split: str, raw: Path, download: bool, size: int) -> Source:
-    raw_exists = raw.exists()
     try:
         if download:
             raw.mkdir(parents=True, exist_ok=True)
         source = SOURCES[known.name](raw, split, download, size)
     except ImportError:
         raise
-    except (
-        Exception
-    ) as error:  # torchvision, pickle, scipy, the network and the disk each have their own kinds
-        where = f"the published files of {known.name} in {raw} cannot be read"
-        hint = "" if raw_exists else " (where files that you have already can be put)"
-        raise DataError(known.name, f"{where}: {error}{hint}") from error
+    except Exception as error:  # each of torchvision, pickle, scipy, network and disk has its own kinds
+        problem = f"the published files of {known.name} in {raw} cannot be read: {error}"
+        hint = "Files that you have already can be put there, laid out as torchvision does."
+        raise DataError(known.name, f"{problem}\n{hint}") from error
     if len(source) != known.count(split):
         problem = f"the published files of {known.name} in {raw} have {len(source)} {split} images"
         raise DataError(known.name, f"{problem}, not {known.count(split)}")
