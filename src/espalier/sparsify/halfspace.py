@@ -97,6 +97,7 @@ class H2SPG(Optimizer):
         self._scores = torch.zeros(len(space), device=self.groups.group.device)
         self._rows = torch.empty(0, dtype=torch.long)
         self._tensors: list[nn.Parameter] = []
+        self._param_group = torch.empty(0, dtype=torch.long)
         self._norm = torch.zeros(len(space), device=self.groups.group.device)
         self._alive = torch.ones_like(self._norm)
         self._finite: torch.Tensor | None = None
@@ -179,6 +180,8 @@ class H2SPG(Optimizer):
         self._rows = torch.isin(self.groups.group, chosen).nonzero().flatten()
         self._tensors = [self.groups.tensors[i] for i in self._rows.tolist()]
         leaving = {id(t) for t in self._tensors}
+        at = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        self._param_group = torch.tensor([at[id(t)] for t in self._tensors], dtype=torch.long)
         for group in self.base.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in leaving]
         for tensor in self._tensors:
@@ -194,15 +197,16 @@ class H2SPG(Optimizer):
         if left <= 1:
             torch._foreach_zero_(self._tensors)
             return
-        rate = float(self.param_groups[0]["lr"])
         norm = self._norm.clamp_min(1e-30)
-        shrink = 1.0 - torch.maximum(rate * self.strength / norm, torch.full_like(norm, 1.0 / left))
+        rate = torch.tensor([float(g["lr"]) for g in self.param_groups])[self._param_group].to(norm)
+        of_group = torch.zeros_like(norm).index_reduce_(0, self.groups.group[self._rows], rate, "amax")
+        shrink = 1.0 - torch.maximum(of_group * self.strength / norm, torch.full_like(norm, 1.0 / left))
         shrink = shrink.clamp_min(0.0) * self._alive
         gradients = [t.grad if t.grad is not None else torch.zeros_like(t) for t in self._tensors]
         group = self.groups.group[self._rows]
         kind = self._tensors[0].dtype
         torch._foreach_mul_(self._tensors, list(shrink[group].to(kind).unbind()))
-        step = (self._alive * rate)[group].to(kind)
+        step = (self._alive[group] * rate).to(kind)
         torch._foreach_addcmul_(self._tensors, gradients, list(step.unbind()), value=-1.0)
         trial = self.groups.sum(norms(self._tensors).square(), self._rows)
         moved = self.groups.sum((norms(gradients) * step).square(), self._rows)
