@@ -6,7 +6,7 @@ around them keeps its class, its forward code and the names of its parameters.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -109,8 +109,8 @@ def _as_block(call: Call, times: int, small: Reduced, there: set[fx.Node]) -> _B
     inputs, outputs = boundary(call)
     if times > 1 or len(inputs) != 1 or len(outputs) != 1:
         return None
-    source, result = small.value_of.get(inputs[0]), small.value_of.get(outputs[0])
-    if not isinstance(source, fx.Node) or not isinstance(result, fx.Node) or result not in there:
+    source, result = _now(small.value_of.get(inputs[0])), _now(small.value_of.get(outputs[0]))
+    if source is None or result is None or result not in there:
         return None
     inside = _between(source, result)
     if inside is None:
@@ -146,8 +146,8 @@ def _between(source: fx.Node, result: fx.Node) -> list[fx.Node] | None:
 
 
 def _block_module(block: _Block, small: Reduced, trace: Trace) -> nn.Module:
-    source, result = small.value_of[block.source], small.value_of[block.result]
-    assert isinstance(source, fx.Node) and isinstance(result, fx.Node)
+    source, result = _now(small.value_of[block.source]), _now(small.value_of[block.result])
+    assert source is not None and result is not None
     if source is result:
         return nn.Identity()
     graph, root = fx.Graph(), nn.Module()
@@ -222,9 +222,3 @@ def _tensors(tree: object) -> list[torch.Tensor]:
 def _same(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> bool:
     a, b = list(a), list(b)
     return len(a) == len(b) and all(x.shape == y.shape and torch.allclose(x, y, 1e-5, 1e-6, True) for x, y in zip(a, b, strict=True))
-
-
-def untraced(model: nn.Module, trace: Trace) -> Mapping[str, nn.Parameter]:
-    """Parameters of ``model`` that the traced forward never reads (heads for training, say)."""
-    read = {name for name, _ in trace.graph_module.named_parameters(remove_duplicate=False)}
-    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in read}
