@@ -35,7 +35,7 @@ def in_own_class(trace: Trace, model: nn.Module, small: Reduced) -> nn.Module | 
             _set(whole, path, layer)
     for block in blocks:
         _set(whole, block.path, _block_module(block, small, trace))
-    return whole if _agree(trace, whole, small.module) else None
+    return whole if _agree(trace, whole, small.module) and _trains(trace, whole) else None
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,19 @@ def _agree(trace: Trace, whole: nn.Module, lifted: nn.Module) -> bool:
         for module, mode in modes.items():
             module.training = mode
     return _same(*outputs)
+
+
+def _trains(trace: Trace, whole: nn.Module) -> bool:
+    """Whether what the trace has not seen (heads for training) still fits the replaced blocks."""
+    traced = {name for name, _ in trace.graph_module.named_parameters(remove_duplicate=False)}
+    if all(name in traced for name, _ in trace.model.named_parameters()):
+        return True
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(whole).train()(*trace.args, **trace.kwargs)
+    except Exception:
+        return False
+    return True
 
 
 def _tensors(tree: object) -> list[torch.Tensor]:
