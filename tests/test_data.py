@@ -125,7 +125,7 @@ def test_wrong_arrays_are_named(arrays, kind, array, message):
 
 
 def test_wrong_arguments_are_refused(arrays):
-    with pytest.raises(ValueError, match="no dataset of espalier"):
+    with pytest.raises(ValueError, match="no files here"):
         load("mnits", "train", arrays)
     with pytest.raises(ValueError, match="train, validation or test"):
         load("mnist", "val", arrays)

@@ -71,6 +71,11 @@ def test_augment_pads_with_black_and_can_change_the_size():
     out = augment.geometry(images, augment.draw(64, (1, 4, 4), np.random.default_rng(0)).on("cpu"))
     assert out.shape == (64, 1, 5, 5)
     assert set(out.unique().tolist()) == {0, 9}
+    middle = Augment(size=2, centre=True)
+    out = middle.geometry(
+        torch.arange(16).view(1, 1, 4, 4), middle.draw(1, (1, 4, 4), np.random.default_rng(0)).on("cpu")
+    )
+    assert out.flatten().tolist() == [5, 6, 9, 10]
     with pytest.raises(ValueError, match="cannot crop 9×9"):
         Augment(size=9).draw(1, (1, 4, 4), np.random.default_rng(0))
 

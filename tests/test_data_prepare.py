@@ -269,12 +269,14 @@ def test_prepare_starts_anew_where_the_half_written_file_is_damaged(known, tmp_p
     assert np.array_equal(open_arrays(known, "train", tmp_path)[0], content["train"][0])
 
 
-def test_prepare_mends_damaged_arrays(known, tmp_path):
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_prepare_mends_damaged_arrays(known, tmp_path, kind):
     content = raw_mnist(tmp_path / "raw" / "mnist", np.random.default_rng(0))
     prepare("mnist", tmp_path, download=False)
-    damage_short(tmp_path / "mnist" / "train-images.npy")
+    damage_short(tmp_path / "mnist" / f"train-{kind}.npy")
     prepare("mnist", tmp_path, download=False)
-    assert np.array_equal(open_arrays(known, "train", tmp_path)[0], content["train"][0])
+    for got, made in zip(open_arrays(known, "train", tmp_path), content["train"], strict=True):
+        assert np.array_equal(got, made)
 
 
 @pytest.mark.parametrize("damage", [damage_short, damage_magic, damage_empty, damage_missing])

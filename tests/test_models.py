@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import espalier
 from espalier.models import (
     DARTS,
     DemoNet,
@@ -121,6 +122,45 @@ SMALL = {
 def test_trains(name):
     make, shape = SMALL[name]
     assert trains(make(7), *shape).shape == (2, 7)
+
+
+EXPORTED = {name: SMALL[name] for name in ("StackedUnets", "MobileNet", "RegNetX")} | {
+    "DemoNet": (lambda c: DemoNet(0.125, num_classes=c), (3, 16, 16)),
+    "SuperResNet": (lambda c: SuperResNet(ZEN_STAGES[:2], width=0.1, num_classes=c), (3, 16, 16)),
+    "DARTS": (lambda c: DARTS(4, cells=3, nodes=2, num_classes=c), (3, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exports_with_any_batch_size(name):
+    make, shape = EXPORTED[name]
+    model = make(7).eval()
+    sizes = ({0: torch.export.Dim("batch", min=2)},)
+    program = torch.export.export(model, (torch.randn(2, *shape),), dynamic_shapes=sizes, strict=False)
+    x = torch.randn(5, *shape)
+    assert torch.equal(program.module(check_guards=False)(x), model(x))
+
+
+def search_spaces() -> dict[str, tuple[nn.Module, tuple[int, ...], int]]:
+    """Networks, inputs, and how many structures the paper's rule removes from each."""
+    return {
+        "DemoNet: the paper's five": (DemoNet(0.125), (3, 16, 16), 5),
+        "StackedUnets: three of each U-Net": (StackedUnets(0.125), (3, 16, 16), 6),
+        "SuperResNet: 8 blocks of three kernels, 2 shortcuts": (
+            SuperResNet(ZEN_STAGES[:2], width=0.1),
+            (3, 16, 16),
+            26,
+        ),
+        "RegNetX-800MF: 16 blocks, 4 shortcuts": (regnet_x_800m(0.125), (3, 16, 16), 20),
+    }
+
+
+@pytest.mark.parametrize("name", list(search_spaces()))
+def test_search_space_is_found_without_a_hint(name):
+    if not hasattr(espalier, "search_space"):
+        pytest.skip("needs espalier.search_space")
+    model, shape, structures = search_spaces()[name]
+    assert len(espalier.search_space(model.eval(), (torch.randn(2, *shape),))) == structures
 
 
 def test_stacked_unets_without_the_papers_redundant_structures():

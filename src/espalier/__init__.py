@@ -4,10 +4,13 @@ from espalier.construct import construct
 from espalier.space.budget import Budget
 from espalier.space.search_space import SearchSpace, search_space
 from espalier.space.solution import Solution
+from espalier.sparsify.halfspace import DHSPG, H2SPG
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "DHSPG",
+    "H2SPG",
     "Budget",
     "SearchSpace",
     "Solution",

@@ -46,6 +46,7 @@ class Augment:
     Fields:
         pad: black pixels added on every side before the random crop.
         size: height and width of the crop; None keeps the image's.
+        centre: crop in the middle, not at random (to evaluate).
         flip: mirror half of the images left to right.
         cutout: side of a square hole at a random centre, cut off at the edges; filled with the means.
         mixup: α of MixUp's Beta(α, α), one weight per batch; 0 for none. Targets become class probabilities.
@@ -53,6 +54,7 @@ class Augment:
 
     pad: int = 0
     size: int | None = None
+    centre: bool = False
     flip: bool = False
     cutout: int = 0
     mixup: float = 0.0
@@ -64,9 +66,12 @@ class Augment:
         if min(room) < 0:
             raise ValueError(f"cannot crop {height}×{width} out of {shape[1]}×{shape[2]} with pad={self.pad}")
         weight = rng.beta(self.mixup, self.mixup) if self.mixup else 1.0
+        top, left = (rng.integers(r + 1, size=count) for r in room)
+        if self.centre:
+            top, left = (np.full(count, r // 2) for r in room)
         return Draws(
-            top=rng.integers(room[0] + 1, size=count),
-            left=rng.integers(room[1] + 1, size=count),
+            top=top,
+            left=left,
             flip=rng.random(count) < 0.5,
             y=rng.integers(height, size=count),
             x=rng.integers(width, size=count),

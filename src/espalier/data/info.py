@@ -56,5 +56,6 @@ def info(name: str) -> DatasetInfo:
     26032
     """
     if name not in DATASETS:
-        raise ValueError(f"{name!r} is no dataset of espalier; there are {', '.join(DATASETS)}")
+        names = ", ".join(DATASETS)
+        raise ValueError(f"{name!r} has no files here; there are {names}; digits comes with scikit-learn")
     return DATASETS[name]

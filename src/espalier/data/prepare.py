@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +81,13 @@ def _source(known: DatasetInfo, split: str, raw: Path, download: bool, size: int
 
 
 def _write(known: DatasetInfo, split: str, root: Path, source: Source, progress: Progress) -> None:
-    """The images chunk by chunk beside a note of how many are done, then the labels."""
+    """The labels, then the images chunk by chunk, beside a note of how many are done."""
     images, labels = (array_path(known, split, kind, root) for kind in ("images", "labels"))
     images.parent.mkdir(parents=True, exist_ok=True)
-    labels.unlink(missing_ok=True)
+    images.unlink(missing_ok=True)  # what is damaged must not look whole once its labels are there
+    encoded = BytesIO()
+    np.save(encoded, source.labels.astype(np.uint8 if known.classes <= 256 else np.uint16))
+    _replace(labels, encoded.getvalue())
     part, note = images.with_suffix(".npy.part"), images.with_suffix(".npy.json")
     shape = (len(source), *source.shape)
     done = _resume(part, note, shape)
@@ -98,11 +102,6 @@ def _write(known: DatasetInfo, split: str, root: Path, source: Source, progress:
     del out
     part.replace(images)
     note.unlink(missing_ok=True)
-    kind = np.uint8 if known.classes <= 256 else np.uint16
-    whole = labels.with_suffix(".npy.part")
-    with whole.open("wb") as file:
-        np.save(file, source.labels.astype(kind))
-    whole.replace(labels)
 
 
 def _resume(part: Path, note: Path, shape: tuple[int, ...]) -> int:

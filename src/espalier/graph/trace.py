@@ -42,6 +42,10 @@ class Trace:
     def graph(self) -> fx.Graph:
         return self.graph_module.graph
 
+    def flat_inputs(self) -> list[Any]:
+        """The example inputs in the order of the graph's placeholders."""
+        return pytree.tree_leaves((self.args, self.kwargs))
+
 
 def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mapping[str, Any] | None = None) -> Trace:
     """Trace ``model`` on example inputs.

@@ -11,6 +11,7 @@ Ours: the channels, chosen to meet both sizes (3×32×32 input, FLOPs = 2 × MAC
 | without `right` and `left.level4`   | 365,434    | 0.37 M | 114.72 M | 115 M |
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +59,18 @@ class UNet(nn.Module):
         levels = _pooled_levels if pooled else _strided_levels
         self.level1, self.level2, self.level3, self.level4 = levels(inputs, widths)
         self.resize = nn.Upsample(scale_factor=2)
-        self.up = nn.Sequential(
-            _conv(widths.join, widths.inner2),
-            _conv(widths.inner2, widths.first),
-            nn.BatchNorm2d(widths.first),
-            nn.ReLU(),
-            nn.Upsample(scale_factor=2),
+        self.up = _chain(
+            conv1=_conv(widths.join, widths.inner2),
+            conv2=_conv(widths.inner2, widths.first),
+            bn=nn.BatchNorm2d(widths.first),
+            relu=nn.ReLU(),
+            resize=nn.Upsample(scale_factor=2),
         )
-        self.last = nn.Sequential(
-            nn.ReLU(), _conv(widths.first, widths.first), nn.ReLU(), nn.BatchNorm2d(widths.first)
+        self.last = _chain(
+            relu1=nn.ReLU(),
+            conv=_conv(widths.first, widths.first),
+            relu2=nn.ReLU(),
+            bn=nn.BatchNorm2d(widths.first),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,39 +111,52 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, 1)
 
 
+def _chain(**layers: nn.Module) -> nn.Sequential:
+    """Layers one after another, named for the drawings."""
+    return nn.Sequential(OrderedDict(layers))
+
+
 def _pooled_levels(inputs: int, w: UNetWidths) -> tuple[nn.Sequential, ...]:
     return (
-        nn.Sequential(_conv(inputs, w.first), nn.BatchNorm2d(w.first), nn.ReLU(), _conv(w.first, w.first)),
-        nn.Sequential(
-            nn.MaxPool2d(2),
-            _conv(w.first, w.inner2),
-            nn.ReLU(),
-            _conv(w.inner2, w.join),
-            nn.ReLU(),
-            nn.BatchNorm2d(w.join),
+        _chain(
+            conv1=_conv(inputs, w.first),
+            bn=nn.BatchNorm2d(w.first),
+            relu=nn.ReLU(),
+            conv2=_conv(w.first, w.first),
         ),
-        nn.Sequential(nn.MaxPool2d(2), _conv(w.join, w.inner3), _conv(w.inner3, w.join)),
-        nn.Sequential(
-            nn.MaxPool2d(2), _conv(w.join, w.inner4), _conv(w.inner4, w.join), nn.Upsample(scale_factor=2)
+        _chain(
+            pool=nn.MaxPool2d(2),
+            conv1=_conv(w.first, w.inner2),
+            relu1=nn.ReLU(),
+            conv2=_conv(w.inner2, w.join),
+            relu2=nn.ReLU(),
+            bn=nn.BatchNorm2d(w.join),
+        ),
+        _chain(pool=nn.MaxPool2d(2), conv1=_conv(w.join, w.inner3), conv2=_conv(w.inner3, w.join)),
+        _chain(
+            pool=nn.MaxPool2d(2),
+            conv1=_conv(w.join, w.inner4),
+            conv2=_conv(w.inner4, w.join),
+            resize=nn.Upsample(scale_factor=2),
         ),
     )
 
 
 def _strided_levels(inputs: int, w: UNetWidths) -> tuple[nn.Sequential, ...]:
     return (
-        nn.Sequential(_conv(inputs, w.first), nn.BatchNorm2d(w.first), nn.ReLU()),
-        nn.Sequential(_conv(w.first, w.inner2, stride=2), _conv(w.inner2, w.join), nn.ReLU()),
-        nn.Sequential(
-            _conv(w.join, w.inner3, stride=2),
-            nn.ReLU(),
-            nn.BatchNorm2d(w.inner3),
-            _conv(w.inner3, w.inner3),
-            _conv(w.inner3, w.join),
+        _chain(conv=_conv(inputs, w.first), bn=nn.BatchNorm2d(w.first), relu=nn.ReLU()),
+        _chain(conv1=_conv(w.first, w.inner2, stride=2), conv2=_conv(w.inner2, w.join), relu=nn.ReLU()),
+        _chain(
+            conv1=_conv(w.join, w.inner3, stride=2),
+            relu=nn.ReLU(),
+            bn=nn.BatchNorm2d(w.inner3),
+            conv2=_conv(w.inner3, w.inner3),
+            conv3=_conv(w.inner3, w.join),
         ),
-        nn.Sequential(
-            _conv(w.join, w.inner4, stride=2),
-            _conv(w.inner4, w.inner4),
-            _conv(w.inner4, w.join),
-            nn.Upsample(scale_factor=2),
+        _chain(
+            conv1=_conv(w.join, w.inner4, stride=2),
+            conv2=_conv(w.inner4, w.inner4),
+            conv3=_conv(w.inner4, w.join),
+            resize=nn.Upsample(scale_factor=2),
         ),
     )

@@ -14,6 +14,7 @@ candidates go is skipped by its identity, so that depth is searched too.
 | full, `width=0.25`                  | 569,242    |           | 130.2 M       |
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,8 +62,7 @@ class SuperBlock(nn.Module):
         )
         self.shortcut = nn.Identity()
         if inputs != outputs or stride != 1:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(*_conv_bn(inputs, outputs, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.shortcut(x)
@@ -116,10 +116,12 @@ def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn
 
 
 def _candidate(inputs: int, outputs: int, bottleneck: int, stride: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(
+    names = ("conv1", "bn1", "relu1", "conv2", "bn2", "relu2", "conv3", "bn3")
+    layers = (
         *_conv_bn(inputs, bottleneck, 1),
         nn.ReLU(),
         *_conv_bn(bottleneck, bottleneck, kernel, stride),
         nn.ReLU(),
         *_conv_bn(bottleneck, outputs, 1),
     )
+    return nn.Sequential(OrderedDict(zip(names, layers, strict=True)))

@@ -1,8 +1,13 @@
 """What may stay."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from espalier.errors import BudgetError
+
+if TYPE_CHECKING:
+    from espalier.space.search_space import SearchSpace
 
 
 @dataclass(frozen=True)
@@ -35,3 +40,67 @@ class Budget:
     def met_by(self, params: float, macs: float) -> bool:
         """Whether fractions of parameters and MACs are within the budget."""
         return (self.params is None or params <= self.params) and (self.macs is None or macs <= self.macs)
+
+
+def meet(space: "SearchSpace", order: Sequence[str], budget: Budget) -> list[str]:
+    """Structures to remove so that the budget holds: as few as possible, taken in ``order`` where valid.
+
+    The result is at most the budget, and one structure fewer would exceed it. Raises :class:`BudgetError`,
+    naming the nearest that can be met, if the order and a few others all end before the budget is met.
+    """
+    least = budget.structures_to_remove(len(space))
+    within = _Within(space, budget)
+    chain = space.removable_in_order(order)
+    if len(chain) < least or not within(chain):
+        others = _other_orders(space, order)
+        fitting = [c for c in others if len(c) >= least and within(c)]
+        if not fitting:
+            raise BudgetError(_nearest(space, [chain, *others], budget, least))
+        chain = fitting[0]
+    low, high = least, len(chain)
+    if budget.params is None and budget.macs is None:
+        return chain[:least]
+    while low < high:  # costs fall along the chain: find the shortest prefix within the budget
+        middle = (low + high) // 2
+        low, high = (low, middle) if within(chain[:middle]) else (middle + 1, high)
+    return chain[:low]
+
+
+class _Within:
+    """Whether the sub-network without these structures is within the budget's parameters and MACs."""
+
+    def __init__(self, space: "SearchSpace", budget: Budget):
+        self.space, self.budget = space, budget
+        bounded = budget.params is not None or budget.macs is not None
+        self.full = space.cost() if bounded else None
+
+    def __call__(self, removed: Sequence[str]) -> bool:
+        if self.full is None:
+            return True
+        cost = self.space.cost(removed)
+        return self.budget.met_by(cost.params / self.full.params, cost.macs / max(self.full.macs, 1))
+
+
+def _other_orders(space: "SearchSpace", order: Sequence[str]) -> list[list[str]]:
+    """Chains that may reach further: within the largest set that is known to go together, or large ones first."""
+    most = space.most_removable()
+    inside = set(most)
+    sizes = {name: p.numel() for name, p in space.model.named_parameters()}
+    large_first = sorted(order, key=lambda name: -sum(sizes[p] for p in space[name].parameters))
+    return [
+        space.removable_in_order([name for name in order if name in inside]),
+        most,
+        space.removable_in_order(large_first),
+    ]
+
+
+def _nearest(space: "SearchSpace", chains: Sequence[Sequence[str]], budget: Budget, least: int) -> str:
+    full = space.cost()
+    costs = [space.cost(chain) for chain in chains]
+    most = max(len(chain) for chain in chains)
+    params = min(cost.params for cost in costs) / full.params
+    macs = min(cost.macs for cost in costs) / max(full.macs, 1)
+    return (
+        f"{budget} cannot be met: of {len(space)} structures {most} can go together (the budget asks for {least}). "
+        f"The nearest is structures={1 - most / max(len(space), 1):.3f}, params={params:.3f} or macs={macs:.3f}."
+    )

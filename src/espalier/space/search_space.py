@@ -15,8 +15,12 @@ from espalier.graph.constants import Constant, annihilator, constant_output
 from espalier.graph.lift import stack_of
 from espalier.graph.segments import Segment, SegmentGraph, aten, segment_graph
 from espalier.graph.trace import Trace, trace
+from espalier.space.budget import Budget, meet
+from espalier.space.cost import Cost, measure
+from espalier.space.reduce import reduced
 from espalier.space.solution import Solution
 from espalier.space.structure import Family, Slices, Structure
+from espalier.space.summary import Summary, summarize
 from espalier.space.validity import Validity
 
 Keep = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -88,10 +92,13 @@ class SearchSpace:
         every = self.model.named_parameters(remove_duplicate=False)
         return frozenset(name for name, p in every if id(p) in tensors)
 
+    def segments_of(self, removed: Iterable[str]) -> dict[int, str]:
+        """Index of every segment that goes with these structures, and the structure's name."""
+        return {segment: name for name in removed for segment in self[name].segments}
+
     def explain(self, removed: Iterable[str]) -> str:
         """Why these structures may not go together; '' if they may."""
-        gone = {segment: name for name in removed for segment in self[name].segments}
-        return self.validity.explain(gone)
+        return self.validity.explain(self.segments_of(removed))
 
     def is_valid(self, removed: Iterable[str]) -> bool:
         """Whether the network still works without these structures."""
@@ -144,6 +151,25 @@ class SearchSpace:
                 taken = trial
                 chosen.append(name)
         return chosen
+
+    def cost(self, removed: Iterable[str] = ()) -> Cost:
+        """Parameters and MACs of the sub-network without these structures, as ``construct`` would build it."""
+        network: nn.Module = self.model
+        names = list(removed)
+        if names:
+            gone = self.segments_of(names)
+            network = reduced(self.trace, self.graph, gone, self.constant, self.model)
+        return measure(network, self.trace.args, self.trace.kwargs)
+
+    def sample(self, budget: Budget, generator: torch.Generator | None = None) -> Solution:
+        """A random valid solution within the budget: structures go in random order until it is met."""
+        order = torch.randperm(len(self), generator=generator).tolist()
+        removed = meet(self, [self.structures[i].name for i in order], budget)
+        return self.solution(removed, {"method": "random"})
+
+    def summary(self) -> Summary:
+        """Every structure with its parameters and MACs, and every other segment with the reason why it stays."""
+        return summarize(self)
 
     def most_removable(self) -> list[str]:
         """A set of structures that may go together, as large as a few orders find, downstream ones first."""
