@@ -8,6 +8,7 @@ is taken. Long edges come out straight, and no two boxes of one layer overlap.
 from collections.abc import Callable, Sequence
 
 _Pair = tuple[int, int]
+_KINK = 16.0
 
 
 def x_coordinates(
@@ -40,7 +41,9 @@ def x_coordinates(
             root = _align(seen, below if upwards else above, conflicts)
             xs = _pack(seen, root, room)
             results.append([-x for x in xs] if mirrored else xs)
-    return _balance(results, widths)
+    xs = _balance(results, widths)
+    _snap(order, above, xs, room)
+    return xs
 
 
 def _conflicts(order: Sequence[Sequence[int]], above: Sequence[Sequence[int]], dummies_from: int) -> set[_Pair]:
@@ -126,3 +129,19 @@ def _balance(results: Sequence[list[float]], widths: Sequence[float]) -> list[fl
         shift = right - extent[1] if i % 2 else left - extent[0]
         moved.append([x + shift for x in xs])
     return [sum(sorted(x)[1:3]) / 2 for x in zip(*moved, strict=True)]
+
+
+def _snap(
+    order: Sequence[Sequence[int]], above: Sequence[Sequence[int]], xs: list[float], room: Callable[[int, int], float]
+) -> None:
+    """Take small kinks out: move a vertex right below its middle predecessor where that lies close and is free."""
+    for row in order[1:]:
+        for i, v in enumerate(row):
+            near = sorted(xs[u] for u in above[v])
+            if not len(near) % 2:
+                continue
+            x = near[len(near) // 2]
+            free_left = i == 0 or x - xs[row[i - 1]] >= room(row[i - 1], v)
+            free_right = i == len(row) - 1 or xs[row[i + 1]] - x >= room(v, row[i + 1])
+            if 0 < abs(x - xs[v]) <= _KINK and free_left and free_right:
+                xs[v] = x

@@ -2,16 +2,12 @@
 
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from espalier.graph.constants import hint
-from espalier.graph.trace import Trace
 
 KINDS: Mapping[str, str] = {
     "weight": "convolution, linear",
@@ -48,6 +44,7 @@ _OPERATORS = {
 _KIND_OF = {name: kind for kind, names in _OPERATORS.items() for name in names.split()}
 
 GLYPHS = {"add": "+", "mul": "×", "cat": "‖", "concat": "‖", "concatenate": "‖", "stack": "≡"}
+JOINTS = {"cat": "concat", "concatenate": "concat"}
 
 
 def operator_name(node: fx.Node) -> str:
@@ -115,50 +112,11 @@ def user_line(node: fx.Node) -> str:
     return line
 
 
-class _Counting(fx.Interpreter):
-    """Runs a trace on shapes alone and notes each node's floating-point operations."""
 
-    def __init__(self, traced: Trace, counter: FlopCounterMode, mode: FakeTensorMode):
-        super().__init__(traced.graph_module)
-        self.counter, self.mode = counter, mode
-        self.flops: dict[fx.Node, int] = {}
-
-    def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
-        return self.mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(target)
-        named = (*module.named_parameters(), *module.named_buffers())
-        state = {name: self.mode.from_tensor(t) for name, t in named}
-        return torch.func.functional_call(module, state, args, kwargs)
-
-    def run_node(self, n: fx.Node) -> Any:
-        before = self.counter.get_total_flops()
-        value = super().run_node(n)
-        self.flops[n] = self.counter.get_total_flops() - before
-        return value
-
-
-def node_macs(traced: Trace) -> dict[fx.Node, int]:
-    """Multiply-accumulates of every node, per example of the batch; nothing is computed."""
-    tensors = [t for t in pytree.tree_leaves((traced.args, traced.kwargs)) if isinstance(t, torch.Tensor)]
-    batch = next((t.shape[0] for t in tensors if t.ndim), 1)
-    modes = [(m, m.training) for m in traced.graph_module.modules()]
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter:
-        interpreter = _Counting(traced, counter, mode)
-        # the trace takes one value per leaf of the model's inputs, in the order of its placeholders
-        inputs = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in _leaves(traced)]
-        try:
-            traced.graph_module.eval()
-            interpreter.run(*inputs, enable_io_processing=False)
-        finally:
-            for module, training in modes:
-                module.training = training
-    return {n: flops // 2 // max(int(batch), 1) for n, flops in interpreter.flops.items()}
-
-
-def _leaves(traced: Trace) -> list[Any]:
-    leaves = pytree.tree_leaves((traced.args, traced.kwargs))
-    wanted = sum(n.op == "placeholder" for n in traced.graph.nodes)
-    return leaves[:wanted] if len(leaves) >= wanted else leaves + [None] * (wanted - len(leaves))
+def quantity(number: float) -> str:
+    """``818 k``, ``105 M``: three digits and a unit."""
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= 0.9995 * size:
+            value = number / size
+            return f"{value:.{max(0, 2 - (value >= 9.995) - (value >= 99.95))}f}{unit}"
+    return f"{number:g}"
