@@ -81,7 +81,7 @@ def _size(vertex: Vertex) -> Point:
 def _edges(figure: Figure, laid: Layout) -> list[str]:
     """The edges of what goes lie below those of what stays."""
     parts: list[tuple[int, str]] = []
-    for (u, v), points in laid.routes.items():
+    for (u, v), points in _spread(figure, laid).items():
         ends = {figure.vertices[u].status, figure.vertices[v].status}
         status = "removed" if "removed" in ends else "idle" if "idle" in ends else ""
         layer = {"idle": 0, "removed": 1, "": 2}[status]
@@ -90,6 +90,24 @@ def _edges(figure: Figure, laid: Layout) -> list[str]:
         head = f"M{tip[0]:.1f} {tip[1]:.1f}l-4 -7q4 2 8 0z"
         parts.append((layer, f'<g class="{classes}"><path d="{_curve(points)}"/><path class="es-tip" d="{head}"/></g>'))
     return [text for _, text in sorted(parts, key=lambda part: part[0])]
+
+
+def _spread(figure: Figure, laid: Layout) -> dict[tuple[int, int], tuple[Point, ...]]:
+    """Edges that enter one vertex end side by side, in the order in which they come."""
+    entering: dict[int, list[tuple[int, int]]] = {}
+    for edge in laid.routes:
+        entering.setdefault(edge[1], []).append(edge)
+    routes = dict(laid.routes)
+    for v, edges in entering.items():
+        edges.sort(key=lambda edge: laid.routes[edge][-2][0])
+        step = min(10.0, 22.0 / max(len(edges) - 1, 1))
+        for i, edge in enumerate(edges):
+            points = routes[edge]
+            x, y = points[-1]
+            aside = (i - (len(edges) - 1) / 2) * step
+            sag = _RADIUS - (_RADIUS**2 - aside**2) ** 0.5 if figure.vertices[v].form == "circle" else 0.0
+            routes[edge] = (*points[:-1], (x + aside, y + sag))
+    return routes
 
 
 def _curve(points: tuple[Point, ...]) -> str:
