@@ -36,8 +36,10 @@ def construct(space: SearchSpace, solution: Solution) -> nn.Module:
     if not solution.removed:
         return model
     lifted = reduced(space.trace, space.graph, space.segments_of(solution.removed), space.constant, model)
-    _out_of_place(lifted)
-    return in_own_class(space, model, lifted) or lifted
+    _out_of_place(lifted.module)
+    small = in_own_class(space.trace, model, lifted) or lifted.module
+    _forget_shapes(small)
+    return small
 
 
 def _out_of_place(small: fx.GraphModule) -> None:
@@ -49,3 +51,11 @@ def _out_of_place(small: fx.GraphModule) -> None:
         private = isinstance(source, fx.Node) and len(source.users) == 1 and source.op == "call_module"
         if getattr(layer, "inplace", False) and not private:
             layer.inplace = False  # type: ignore[assignment]
+
+
+def _forget_shapes(small: nn.Module) -> None:
+    """The traced values hang on the full network: keep only where each node comes from."""
+    for module in small.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}

@@ -65,8 +65,9 @@ def _source(known: DatasetInfo, split: str, raw: Path, download: bool, size: int
         if download:
             raw.mkdir(parents=True, exist_ok=True)
         source = SOURCES[known.name](raw, split, download, size)
-    except ImportError:
-        raise
+    except ImportError as error:
+        hint = "pip install 'espalier[data]' scipy"
+        raise ImportError(f"reading the published files of {known.name}: {error} ({hint})") from error
     except Exception as error:  # each of torchvision, pickle, scipy, network and disk has its own kinds
         problem = f"the published files of {known.name} in {raw} cannot be read: {error}"
         hint = "Files that you have already can be put there, laid out as torchvision does."

@@ -101,6 +101,10 @@ def operation(name: str, channels: int, stride: int = 1, affine: bool = False) -
 class Cell(nn.Module):
     """Four nodes; each sums every operation on the edges from all earlier nodes and the two inputs.
 
+    >>> cell = Cell((8, 16), 4, reduction=True, reduction_before=False)
+    >>> cell(torch.zeros(1, 8, 6, 6), torch.zeros(1, 16, 6, 6)).shape
+    torch.Size([1, 16, 3, 3])
+
     Returns the nodes concatenated: [N, nodes * channels, H, W], or half the size where `reduction`.
     """
 

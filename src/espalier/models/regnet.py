@@ -124,7 +124,11 @@ def _regnet(
 
 
 def regnet_x_200m(width: float = 1.0, **options: Any) -> RegNetX:
-    """RegNetX-200MF; `width` scales the channels in whole groups, `options` go to `RegNetX`."""
+    """RegNetX-200MF; `width` scales the channels in whole groups, `options` go to `RegNetX`.
+
+    >>> regnet_x_200m(width=0.25, in_channels=1, num_classes=7)(torch.zeros(2, 1, 16, 16)).shape
+    torch.Size([2, 7])
+    """
     return _regnet(13, 24, 36.44, 2.49, 8, width, options)
 
 

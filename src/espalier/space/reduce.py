@@ -8,6 +8,7 @@ model is never edited.
 import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +25,21 @@ from espalier.rules.value import tensors_of
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """The reduced graph as a module, and what has become of every node of the trace that it still rests on."""
+
+    module: fx.GraphModule
+    value_of: Mapping[fx.Node, Value]
+
+
 def reduced(
     trace: Trace,
     graph: SegmentGraph,
     removed: Mapping[int, str],
     constant: Callable[[int], Constant],
     model: nn.Module,
-) -> fx.GraphModule:
+) -> "Reduced":
     """The trace without the removed segments, over the layers of ``model`` (a copy of the traced one, or itself).
 
     ``removed`` maps segments to their structures' names, ``constant`` gives what a removed segment yields.
@@ -69,7 +78,7 @@ class _Builder:
                 self.uses[name] = self.uses.get(name, 0) + 1
         self.canonical = flow.names
 
-    def run(self) -> fx.GraphModule:
+    def run(self) -> Reduced:
         wanted = self._wanted()
         for node in self.trace.graph.nodes:
             if node.op in ("placeholder", "output") or node in wanted:
@@ -78,10 +87,8 @@ class _Builder:
         for path, value in self.added.items():
             _set_attribute(self.root, path, value)
         small = fx.GraphModule(self.root, self.graph, type(self.model).__name__)
-        for node in self.graph.nodes:  # the traced values' shapes are those of the full network
-            node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
         small.training = self.model.training
-        return small
+        return Reduced(small, self.env)
 
     def _wanted(self) -> set[fx.Node]:
         """Nodes that an output or a lasting effect still rests on."""

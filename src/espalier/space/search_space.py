@@ -154,11 +154,11 @@ class SearchSpace:
 
     def cost(self, removed: Iterable[str] = ()) -> Cost:
         """Parameters and MACs of the sub-network without these structures, as ``construct`` would build it."""
-        network: nn.Module = self.model
+        network = self.trace.graph_module
         names = list(removed)
         if names:
             gone = self.segments_of(names)
-            network = reduced(self.trace, self.graph, gone, self.constant, self.model)
+            network = reduced(self.trace, self.graph, gone, self.constant, self.model).module
         return measure(network, self.trace.args, self.trace.kwargs)
 
     def sample(self, budget: Budget, generator: torch.Generator | None = None) -> Solution:

@@ -97,6 +97,7 @@ class H2SPG(Optimizer):
         self._scores = torch.zeros(len(space), device=self.groups.group.device)
         self._rows = torch.empty(0, dtype=torch.long)
         self._tensors: list[nn.Parameter] = []
+        self._param_group = self._positions = torch.empty(0, dtype=torch.long)
         self._norm = torch.zeros(len(space), device=self.groups.group.device)
         self._alive = torch.ones_like(self._norm)
         self._finite: torch.Tensor | None = None
@@ -146,7 +147,7 @@ class H2SPG(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_finite()
+        gradient_norms = self._finite_gradient_norms()
         self._follow_hyper_parameters()
         if self.phase == "warmup":
             self._score()
@@ -157,7 +158,7 @@ class H2SPG(Optimizer):
             return loss
         self.base.step()
         if self.phase == "hybrid":
-            self._half_space_step()
+            self._half_space_step(gradient_norms)
         self.steps_done += 1
         return loss
 
@@ -179,6 +180,10 @@ class H2SPG(Optimizer):
         self._rows = torch.isin(self.groups.group, chosen).nonzero().flatten()
         self._tensors = [self.groups.tensors[i] for i in self._rows.tolist()]
         leaving = {id(t) for t in self._tensors}
+        at = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        self._param_group = torch.tensor([at[id(t)] for t in self._tensors], dtype=torch.long)
+        order = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        self._positions = torch.tensor([order[id(t)] for t in self._tensors], dtype=torch.long)
         for group in self.base.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in leaving]
         for tensor in self._tensors:
@@ -186,52 +191,51 @@ class H2SPG(Optimizer):
         if self._tensors:
             self._norm = self.groups.sum(norms(self._tensors).square(), self._rows).sqrt()
 
-    def _half_space_step(self) -> None:
-        """``y = c x - lr g`` for all redundant groups at once; zero where ``<y, x> < epsilon |x|²``."""
+    def _half_space_step(self, gradient_norms: torch.Tensor) -> None:
+        """``y = c x - lr g`` for all redundant groups at once; zero where ``<y, x> < epsilon |x|²``.
+
+        A group that leaves its half-space is multiplied by zero in the step that follows.
+        """
         if not self._tensors:
             return
         left = self.projection_steps - (self.steps_done - self.warmup_steps)
         if left <= 1:
             torch._foreach_zero_(self._tensors)
+            self._norm, self._alive = torch.zeros_like(self._norm), torch.zeros_like(self._alive)
             return
-        rate = float(self.param_groups[0]["lr"])
+        group, kind = self.groups.group[self._rows], self._tensors[0].dtype
         norm = self._norm.clamp_min(1e-30)
-        shrink = 1.0 - torch.maximum(rate * self.strength / norm, torch.full_like(norm, 1.0 / left))
+        rate = torch.tensor([float(g["lr"]) for g in self.param_groups])[self._param_group].to(norm)
+        fastest = torch.zeros_like(norm).scatter_reduce_(0, group, rate, "amax")
+        shrink = 1.0 - torch.maximum(fastest * self.strength / norm, torch.full_like(norm, 1.0 / left))
         shrink = shrink.clamp_min(0.0) * self._alive
+        step = self._alive[group] * rate
         gradients = [t.grad if t.grad is not None else torch.zeros_like(t) for t in self._tensors]
-        group = self.groups.group[self._rows]
-        kind = self._tensors[0].dtype
         torch._foreach_mul_(self._tensors, list(shrink[group].to(kind).unbind()))
-        step = (self._alive * rate)[group].to(kind)
-        torch._foreach_addcmul_(self._tensors, gradients, list(step.unbind()), value=-1.0)
+        torch._foreach_addcmul_(self._tensors, gradients, list(step.to(kind).unbind()), value=-1.0)
         trial = self.groups.sum(norms(self._tensors).square(), self._rows)
-        moved = self.groups.sum((norms(gradients) * step).square(), self._rows)
+        moved = self.groups.sum((gradient_norms[self._positions] * step).square(), self._rows)
         # |y|² = c² |x|² - 2 c lr <g, x> + lr² |g|², hence <y, x> = (c² |x|² + |y|² - lr² |g|²) / 2c.
         inner = (shrink.square() * norm.square() + trial - moved) / (2.0 * shrink.clamp_min(1e-30))
-        stays = (inner >= self.epsilon * norm.square()) & (shrink > 0)
-        self._alive = self._alive * stays
-        torch._foreach_mul_(self._tensors, list(self._alive[group].to(kind).unbind()))
+        self._alive = self._alive * ((inner >= self.epsilon * norm.square()) & (shrink > 0))
         self._norm = trial.sqrt() * self._alive
 
-    def _check_finite(self) -> None:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
-            return
-        finite = torch.isfinite(norms(gradients)).all()
+    def _finite_gradient_norms(self) -> torch.Tensor:
+        """The norm of every parameter's gradient; raises before anything is touched if one is not finite."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        nothing = torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device)
+        gradient_norms = norms([nothing if p.grad is None else p.grad for p in parameters])
+        finite = torch.isfinite(gradient_norms).all()
         before, self._finite = self._finite, finite
-        waited = finite if finite.device.type == "cpu" else before
-        if waited is not None and not bool(waited):
-            bad = [
-                self._names[id(p)]
-                for group in self.param_groups
-                for p in group["params"]
-                if p.grad is not None and not bool(torch.isfinite(p.grad).all())
-            ]
+        known = finite if finite.device.type == "cpu" else before
+        if known is not None and not bool(known):
+            bad = [self._names[id(p)] for p in parameters if p.grad is not None and not p.grad.isfinite().all()]
             raise TrainingError(
                 f"the gradient of '{bad[0] if bad else '(of the step before)'}' is NaN or infinite at step "
                 f"{self.steps_done} ({len(bad)} parameters in all); nothing was updated. Lower the learning rate, clip "
                 f"the gradients, or scale the loss (torch.amp.GradScaler); opt.zero_grad() and go on, or reload."
             )
+        return gradient_norms
 
     def _follow_hyper_parameters(self) -> None:
         """Schedulers and users write to this optimizer's groups; ``base`` works with them."""
