@@ -41,7 +41,12 @@ def training_chart(history: History) -> str:
     steps = history.steps
     panels = [
         ("training loss", [(s.step, s.loss) for s in steps], None, "loss"),
-        ("validation accuracy", [(s.step, s.accuracy) for s in steps if s.accuracy is not None], 1.0, "accuracy"),
+        (
+            "validation accuracy",
+            [(s.step, s.accuracy) for s in steps if s.accuracy is not None],
+            1.0,
+            "accuracy",
+        ),
         ("structures at zero", [(s.step, float(s.zero)) for s in steps], float(history.structures), "zero"),
     ]
     heights = (170.0, 130.0, 90.0)
@@ -52,16 +57,24 @@ def training_chart(history: History) -> str:
     top = 24.0
     for phase, first, end in history.phases():
         x, width = x_of(max(first - 1, 0)), x_of(end) - x_of(max(first - 1, 0))
-        words = {"warmup": "warm-up", "hybrid": "half-space steps", "done": "final training"}.get(phase, phase)
-        parts.append(f'<rect class="phase phase-{phase}" x="{x:.1f}" y="{top}" width="{width:.1f}" height="{total - 44}"/>')
+        words = {"warmup": "warm-up", "hybrid": "half-space steps", "done": "final training"}.get(
+            phase, phase
+        )
+        parts.append(
+            f'<rect class="phase phase-{phase}" x="{x:.1f}" y="{top}" width="{width:.1f}" height="{total - 44}"/>'
+        )
         if width > text_width(words, 11):
-            parts.append(f'<text class="phase-name" x="{x + width / 2:.1f}" y="16" text-anchor="middle">{words}</text>')
+            parts.append(
+                f'<text class="phase-name" x="{x + width / 2:.1f}" y="16" text-anchor="middle">{words}</text>'
+            )
     for (name, points, ceiling, kind), height in zip(panels, heights, strict=True):
         top += 22
         parts += _panel(name, points, ceiling, kind, (left, right, top, top + height), x_of, history)
         top += height + 12
     for tick in ticks(0, last):
-        parts.append(f'<text class="tick" x="{x_of(tick):.1f}" y="{total - 4:.1f}" text-anchor="middle">{tick:g}</text>')
+        parts.append(
+            f'<text class="tick" x="{x_of(tick):.1f}" y="{total - 4:.1f}" text-anchor="middle">{tick:g}</text>'
+        )
     parts.append("</svg>")
     return "".join(parts)
 
@@ -85,7 +98,9 @@ def _panel(name, points, ceiling, kind, box, x_of, history) -> list[str]:  # typ
         y = y_of(history.target)
         parts.append(f'<line class="target" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{right - 4}" y="{y - 4:.1f}" text-anchor="end">budget</text>')
-    parts.append(f'<path class="curve {kind}" d="{_line([(x_of(s), y_of(v)) for s, v in points], kind == "zero")}"/>')
+    parts.append(
+        f'<path class="curve {kind}" d="{_line([(x_of(s), y_of(v)) for s, v in points], kind == "zero")}"/>'
+    )
     if kind == "accuracy":
         for step, value in points:
             parts.append(
@@ -121,7 +136,10 @@ def smooth(points: Sequence[tuple[int, float]], weight: float = 0.9) -> list[tup
 def _line(points: Sequence[tuple[float, float]], stepped: bool = False) -> str:
     if len(points) > 1200:
         points = [*points[:: len(points) // 1200 + 1], points[-1]]
-    path = "".join(f"{'HV'[0] + f'{x:.1f}V' if stepped and i else 'L' + f'{x:.1f} '}{y:.1f}" for i, (x, y) in enumerate(points))
+    path = "".join(
+        f"{'HV'[0] + f'{x:.1f}V' if stepped and i else 'L' + f'{x:.1f} '}{y:.1f}"
+        for i, (x, y) in enumerate(points)
+    )
     return "M" + path[1:]
 
 

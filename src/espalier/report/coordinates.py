@@ -12,7 +12,11 @@ _KINK = 16.0
 
 
 def x_coordinates(
-    order: Sequence[Sequence[int]], pairs: Sequence[_Pair], widths: Sequence[float], dummies_from: int, gap: float
+    order: Sequence[Sequence[int]],
+    pairs: Sequence[_Pair],
+    widths: Sequence[float],
+    dummies_from: int,
+    gap: float,
 ) -> list[float]:
     """The x of every vertex's centre.
 
@@ -46,7 +50,9 @@ def x_coordinates(
     return xs
 
 
-def _conflicts(order: Sequence[Sequence[int]], above: Sequence[Sequence[int]], dummies_from: int) -> set[_Pair]:
+def _conflicts(
+    order: Sequence[Sequence[int]], above: Sequence[Sequence[int]], dummies_from: int
+) -> set[_Pair]:
     """Edges that cross a long edge's inner part: the long one is to stay straight."""
     found: set[_Pair] = set()
     for upper, lower in zip(order, order[1:], strict=False):
@@ -65,7 +71,9 @@ def _conflicts(order: Sequence[Sequence[int]], above: Sequence[Sequence[int]], d
     return found
 
 
-def _align(rows: Sequence[Sequence[int]], neighbours: Sequence[Sequence[int]], conflicts: set[_Pair]) -> list[int]:
+def _align(
+    rows: Sequence[Sequence[int]], neighbours: Sequence[Sequence[int]], conflicts: set[_Pair]
+) -> list[int]:
     """The root of every vertex's block: its topmost vertex."""
     root = list(range(len(neighbours)))
     aligned = [False] * len(neighbours)  # whether a vertex below already continues this one's block
@@ -82,7 +90,9 @@ def _align(rows: Sequence[Sequence[int]], neighbours: Sequence[Sequence[int]], c
     return root
 
 
-def _pack(rows: Sequence[Sequence[int]], root: Sequence[int], room: Callable[[int, int], float]) -> list[float]:
+def _pack(
+    rows: Sequence[Sequence[int]], root: Sequence[int], room: Callable[[int, int], float]
+) -> list[float]:
     """Blocks as far left as their neighbours let them, then right as far as nothing else is pushed."""
     right_of: dict[int, dict[int, float]] = {}
     left_of: dict[int, dict[int, float]] = {}
@@ -132,7 +142,10 @@ def _balance(results: Sequence[list[float]], widths: Sequence[float]) -> list[fl
 
 
 def _snap(
-    order: Sequence[Sequence[int]], above: Sequence[Sequence[int]], xs: list[float], room: Callable[[int, int], float]
+    order: Sequence[Sequence[int]],
+    above: Sequence[Sequence[int]],
+    xs: list[float],
+    room: Callable[[int, int], float],
 ) -> None:
     """Take small kinks out: move a vertex right below its middle predecessor where that lies close and is free."""
     for row in order[1:]:

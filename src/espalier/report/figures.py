@@ -101,7 +101,9 @@ def segment_figure(space: SearchSpace, removed: Iterable[str] = (), title: str =
     first = len(inputs)
     edges = []
     for at, node in enumerate(inputs):
-        edges += [(at, first + space.graph.segment_of[r]) for r in flow.readers[node] if r in space.graph.segment_of]
+        edges += [
+            (at, first + space.graph.segment_of[r]) for r in flow.readers[node] if r in space.graph.segment_of
+        ]
     edges += [(first + s.index, first + i) for s in space.graph for i in s.outgoing]
     returned = [s for s in space.graph if s.feeds_output]
     edges += [(first + s.index, len(vertices) + i) for i, s in enumerate(returned)]
@@ -110,7 +112,10 @@ def segment_figure(space: SearchSpace, removed: Iterable[str] = (), title: str =
 
 
 def network_figure(
-    network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, title: str = "Sub-network"
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    title: str = "Sub-network",
 ) -> Figure:
     """The trace graph of any module, traced afresh on example inputs."""
     return trace_figure(trace(network, args, kwargs), title)
@@ -123,13 +128,29 @@ def _segment(
     params = sum(sizes.get(p, 0) for p in segment.parameters)
     work = sum(macs.get(n, 0) for n in segment.nodes)
     last = segment.nodes[-1]
-    reason = {"candidate": "removable", "removed": "redundant: removed", "idle": "nothing rests on it any more"}
+    reason = {
+        "candidate": "removable",
+        "removed": "redundant: removed",
+        "idle": "nothing rests on it any more",
+    }
     words = reason.get(status) or f"stays: {space.kept.get(segment.name, 'part of the network')}"
-    head = f"{segment.name}\n{words}" if len(segment.nodes) == 1 else f"{segment.name} ({len(segment.nodes)} nodes)\n{words}"
+    head = (
+        f"{segment.name}\n{words}"
+        if len(segment.nodes) == 1
+        else f"{segment.name} ({len(segment.nodes)} nodes)\n{words}"
+    )
     tooltip = _tooltip(head, None, shape_text(last), params, work, user_line(segment.nodes[0]))
     name = operator_name(segment.nodes[0])
     if segment.joint:
-        return Vertex(GLYPHS.get(name, name), JOINTS.get(name, name), shape_text(last), "joint", "circle", tooltip=tooltip, status=status)
+        return Vertex(
+            GLYPHS.get(name, name),
+            JOINTS.get(name, name),
+            shape_text(last),
+            "joint",
+            "circle",
+            tooltip=tooltip,
+            status=status,
+        )
     figures = [f"{quantity(params)} params"] if params else []
     figures += [f"{quantity(work)} MACs"] if work else []
     return Vertex(
@@ -144,7 +165,13 @@ def _segment(
 
 def _input(node: fx.Node) -> Vertex:
     shape = shape_text(node)
-    return Vertex(str(node.target), detail=shape, kind="io", form="pill", tooltip=f"input {node.target}\n{shape} per example")
+    return Vertex(
+        str(node.target),
+        detail=shape,
+        kind="io",
+        form="pill",
+        tooltip=f"input {node.target}\n{shape} per example",
+    )
 
 
 def _output(node: fx.Node, index: int | None) -> Vertex:
@@ -154,6 +181,10 @@ def _output(node: fx.Node, index: int | None) -> Vertex:
 
 
 def _tooltip(name: str, layer: nn.Module | None, shape: str, params: int, macs: int, line: str) -> str:
-    rows = [name, str(layer) if layer is not None and not list(layer.children()) else "", f"output {shape}" if shape else ""]
+    rows = [
+        name,
+        str(layer) if layer is not None and not list(layer.children()) else "",
+        f"output {shape}" if shape else "",
+    ]
     rows += [f"{params:,} parameters" if params else "", f"{macs:,} MACs per example" if macs else "", line]
     return "\n".join(row for row in rows if row)

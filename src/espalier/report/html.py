@@ -61,9 +61,8 @@ class Report:
             f"<span>{escape(row.before)} → {escape(row.after)}</span></div>"
             for row in before_and_after(self.networks)
         )
-        return (
-            f'<header><h1>{escape(self.title)}</h1><p class="lead">{escape(self.lead)}</p></header>'
-            + (f'<div class="tiles">{tiles}</div>' if tiles else "")
+        return f'<header><h1>{escape(self.title)}</h1><p class="lead">{escape(self.lead)}</p></header>' + (
+            f'<div class="tiles">{tiles}</div>' if tiles else ""
         )
 
     def _results(self) -> str:
@@ -77,7 +76,12 @@ class Report:
             passed = all(c.passed for c in self.checks)
             words = "All hold." if passed else "<b>Some fail.</b>"
             rows = [
-                [f"{escape(name)}<br><span class='muted'>{escape(detail)}</span>", found, allowed, _badge(good)]
+                [
+                    f"{escape(name)}<br><span class='muted'>{escape(detail)}</span>",
+                    found,
+                    allowed,
+                    _badge(good),
+                ]
                 for name, detail, found, allowed, good in check_rows(self.checks)
             ]
             table = _table(["outputs compared", "max |difference|", "allowed", ""], rows, numbers=(1, 2))
@@ -158,7 +162,8 @@ def _badge(good: bool) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return "".join(
-            f'<{tag} class="num">{c}</{tag}>' if i in numbers else f"<{tag}>{c}</{tag}>" for i, c in enumerate(cells)
+            f'<{tag} class="num">{c}</{tag}>' if i in numbers else f"<{tag}>{c}</{tag}>"
+            for i, c in enumerate(cells)
         )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)

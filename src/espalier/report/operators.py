@@ -112,7 +112,6 @@ def user_line(node: fx.Node) -> str:
     return line
 
 
-
 def quantity(number: float) -> str:
     """``818 k``, ``105 M``: three digits and a unit."""
     for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):

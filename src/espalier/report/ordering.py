@@ -67,7 +67,9 @@ def _by_barycentre(
     layer[:] = [next(places) if v in mean else v for v in layer]
 
 
-def _swap_neighbours(order: list[list[int]], above: dict[int, list[int]], below: dict[int, list[int]]) -> None:
+def _swap_neighbours(
+    order: list[list[int]], above: dict[int, list[int]], below: dict[int, list[int]]
+) -> None:
     """One pass over all neighbours in a layer: swap two where that takes crossings away."""
     position = {v: i for layer in order for i, v in enumerate(layer)}
     up = {v: sorted(position[u] for u in above[v]) for layer in order for v in layer}
