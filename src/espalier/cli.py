@@ -1,6 +1,7 @@
 """The command line: ``espalier inspect`` and ``espalier demo``."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         console.print(f"espalier {__version__}")
         return 0
+    # torch's own pytree specs warn about themselves whenever one is copied
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
     try:
         command = tyro.cli(
             Command,  # type: ignore[arg-type]

@@ -35,11 +35,11 @@ class Demo:
 
     out: Path = Path("demo")
     """Folder for report.html, small.espalier and small.onnx."""
-    epochs: int = 24
+    epochs: int = 20
     """Epochs of the one training."""
     budget: float = 0.4
     """Fraction of the removable structures that may stay."""
-    width: float = 0.5
+    width: float = 0.25
     """Factor on DemoNet's channels; 1 is the paper's size."""
     batch_size: int = 64
     """Images per step."""

@@ -112,7 +112,8 @@ class LiveTraining:
             seconds = time.perf_counter() - self._started
             self.console.print(
                 f"{_PHASES.get(step.phase, step.phase):<17} step {step.step:>5}  {self._words(step).plain.strip()}  "
-                f"{seconds:5.1f} s"
+                f"{seconds:5.1f} s",
+                soft_wrap=True,
             )
 
     def _words(self, step: Step) -> Text:
