@@ -1,6 +1,7 @@
 """espalier: train any PyTorch network once and get back the smaller network worth keeping."""
 
 from espalier.construct import construct
+from espalier.export import export_onnx, load, save
 from espalier.space.budget import Budget
 from espalier.space.search_space import SearchSpace, search_space
 from espalier.space.solution import Solution
@@ -15,5 +16,8 @@ __all__ = [
     "SearchSpace",
     "Solution",
     "construct",
+    "export_onnx",
+    "load",
+    "save",
     "search_space",
 ]

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from espalier.graph.lift import Call, boundary, is_tensor, stack_of
+from espalier.graph.module import graph_module
 from espalier.graph.trace import Trace
 from espalier.rules import Narrowed, Value
 from espalier.rules.value import tensors_of
@@ -167,7 +168,7 @@ def _block_module(block: _Block, small: Reduced, trace: Trace) -> nn.Module:
             copied.target = str(node.target).removeprefix(f"{block.path}.")
             _set(root, copied.target, value)
     graph.output(new[result])
-    module = fx.GraphModule(root, graph, type(trace.model.get_submodule(block.path)).__name__)
+    module = graph_module(root, graph, type(trace.model.get_submodule(block.path)).__name__)
     module.training = trace.model.get_submodule(block.path).training
     return module
 

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from espalier.errors import TraceError
 from espalier.graph.functional import functionalize
 from espalier.graph.lift import SIGNATURE_LAYERS, lift
+from espalier.graph.module import graph_module
 from espalier.graph.modes import merge, reads_training
 from espalier.graph.source import where_raised
 
@@ -71,7 +72,7 @@ def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mappin
             graph = _both_modes(model, args, kwargs, evaluated, notes)
     graph.set_codegen(codegen)
     _drop_unused(graph)
-    return Trace(model, fx.GraphModule(root_for(model, graph), graph, type(model).__name__), args, kwargs, tuple(notes))
+    return Trace(model, graph_module(root_for(model, graph), graph, type(model).__name__), args, kwargs, tuple(notes))
 
 
 def _both_modes(

@@ -17,6 +17,7 @@ from torch import fx, nn
 from espalier.graph.constants import Constant
 from espalier.graph.functional import drop_dead_code, is_in_place
 from espalier.graph.lift import is_tensor
+from espalier.graph.module import graph_module
 from espalier.graph.segments import DataFlow, SegmentGraph
 from espalier.graph.trace import Trace, root_for
 from espalier.rules import RULES, Narrowed, Value
@@ -86,7 +87,7 @@ class _Builder:
         drop_dead_code(self.graph)
         for path, value in self.added.items():
             _set_attribute(self.root, path, value)
-        small = fx.GraphModule(self.root, self.graph, type(self.model).__name__)
+        small = graph_module(self.root, self.graph, type(self.model).__name__)
         small.training = self.model.training
         return Reduced(small, self.env)
 

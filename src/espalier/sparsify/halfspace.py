@@ -48,8 +48,9 @@ class H2SPG(Optimizer):
     - Then, once, structures are marked redundant in ascending saliency while the network stays valid, until
       the budget is met (Algorithm 3, lines 2 to 11).
     - For ``projection_steps`` steps, ``base`` trains the rest, and a redundant group x takes half-space steps
-      (lines 12 to 15): a trial ``y = x - lr (g + strength x / |x|)``, which shrinks at least as fast as a straight
-      line to zero at the last step; if ``<y, x> < epsilon |x|²`` the group becomes zero, and stays so.
+      (lines 12 to 15): a trial ``y = x - lr (g + lambda x / |x|)`` with lambda = |x| / (lr * steps left), a straight
+      line to zero at the last step; every ``test_every`` steps, groups with ``<y, x> < epsilon |x|²`` become zero
+      and stay so.
     - Then ``base`` goes on training what stays.
 
     Raises :class:`SpaceError` for an empty search space, :class:`BudgetError` if the budget cannot be met (at
@@ -69,19 +70,19 @@ class H2SPG(Optimizer):
         projection_steps: int = 100,
         saliency: Saliency = cosine_magnitude,
         smoothing: float = 0.9,
-        strength: float = 1e-3,
+        test_every: int = 10,
         epsilon: float = 0.0,
         **base_arguments: Any,
     ):
         if warmup_steps < 1 or projection_steps < 1:
             raise TrainingError("warmup_steps and projection_steps are at least 1.")
-        if not 0.0 <= smoothing < 1.0 or strength < 0.0 or not 0.0 <= epsilon < 1.0:
-            raise TrainingError("smoothing and epsilon lie in [0, 1), strength is at least 0.")
+        if not 0.0 <= smoothing < 1.0 or test_every < 1 or not 0.0 <= epsilon < 1.0:
+            raise TrainingError("smoothing and epsilon lie in [0, 1), test_every is at least 1.")
         self.space = space
         self.budget = Budget(structures=0.5) if budget is None else budget
         self.warmup_steps, self.projection_steps = warmup_steps, projection_steps
         self.saliency, self.smoothing = saliency, smoothing
-        self.strength, self.epsilon = strength, epsilon
+        self.test_every, self.epsilon = test_every, epsilon
         self.groups = Groups(space)
         self._names = {id(p): name for name, p in space.model.named_parameters()}
         self._check_budget()
@@ -95,11 +96,7 @@ class H2SPG(Optimizer):
         self.steps_done = 0
         self.redundant: tuple[str, ...] = ()
         self._scores = torch.zeros(len(space), device=self.groups.group.device)
-        self._rows = torch.empty(0, dtype=torch.long)
-        self._tensors: list[nn.Parameter] = []
-        self._param_group = self._positions = torch.empty(0, dtype=torch.long)
-        self._norm = torch.zeros(len(space), device=self.groups.group.device)
-        self._alive = torch.ones_like(self._norm)
+        self._shrinking: list[int] = []  # positions in groups.tensors of what is on its way to zero
         self._finite: torch.Tensor | None = None
 
     # Where the training stands.
@@ -147,7 +144,7 @@ class H2SPG(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradient_norms = self._finite_gradient_norms()
+        self._check_finite()
         self._follow_hyper_parameters()
         if self.phase == "warmup":
             self._score()
@@ -158,7 +155,7 @@ class H2SPG(Optimizer):
             return loss
         self.base.step()
         if self.phase == "hybrid":
-            self._half_space_step(gradient_norms)
+            self._half_space_step()
         self.steps_done += 1
         return loss
 
@@ -175,67 +172,76 @@ class H2SPG(Optimizer):
     def _mark(self, names: Iterable[str]) -> None:
         """The search phase's outcome: these groups leave ``base`` and head for zero."""
         self.redundant = tuple(names)
-        index = {s.name: i for i, s in enumerate(self.space.structures)}
-        chosen = torch.tensor([index[n] for n in self.redundant], dtype=torch.long, device=self.groups.group.device)
-        self._rows = torch.isin(self.groups.group, chosen).nonzero().flatten()
-        self._tensors = [self.groups.tensors[i] for i in self._rows.tolist()]
-        leaving = {id(t) for t in self._tensors}
-        at = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        self._param_group = torch.tensor([at[id(t)] for t in self._tensors], dtype=torch.long)
-        order = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        self._positions = torch.tensor([order[id(t)] for t in self._tensors], dtype=torch.long)
+        chosen = {i for i, s in enumerate(self.space.structures) if s.name in set(self.redundant)}
+        self._shrinking = [k for k, i in enumerate(self.groups.group.tolist()) if i in chosen]
+        leaving = {id(self.groups.tensors[k]): self.groups.tensors[k] for k in self._shrinking}
         for group in self.base.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in leaving]
-        for tensor in self._tensors:
+        for tensor in leaving.values():
             self.base.state.pop(tensor, None)
-        if self._tensors:
-            self._norm = self.groups.sum(norms(self._tensors).square(), self._rows).sqrt()
 
-    def _half_space_step(self, gradient_norms: torch.Tensor) -> None:
-        """``y = c x - lr g`` for all redundant groups at once; zero where ``<y, x> < epsilon |x|²``.
-
-        A group that leaves its half-space is multiplied by zero in the step that follows.
-        """
-        if not self._tensors:
-            return
+    def _half_space_step(self) -> None:
+        """``y = (1 - 1 / left) x - lr g`` for all groups on their way to zero."""
         left = self.projection_steps - (self.steps_done - self.warmup_steps)
-        if left <= 1:
-            torch._foreach_zero_(self._tensors)
-            self._norm, self._alive = torch.zeros_like(self._norm), torch.zeros_like(self._alive)
+        tensors = [self.groups.tensors[k] for k in self._shrinking]
+        if not tensors:
             return
-        group, kind = self.groups.group[self._rows], self._tensors[0].dtype
-        norm = self._norm.clamp_min(1e-30)
-        rate = torch.tensor([float(g["lr"]) for g in self.param_groups])[self._param_group].to(norm)
-        fastest = torch.zeros_like(norm).scatter_reduce_(0, group, rate, "amax")
-        shrink = 1.0 - torch.maximum(fastest * self.strength / norm, torch.full_like(norm, 1.0 / left))
-        shrink = shrink.clamp_min(0.0) * self._alive
-        step = self._alive[group] * rate
-        gradients = [t.grad if t.grad is not None else torch.zeros_like(t) for t in self._tensors]
-        torch._foreach_mul_(self._tensors, list(shrink[group].to(kind).unbind()))
-        torch._foreach_addcmul_(self._tensors, gradients, list(step.to(kind).unbind()), value=-1.0)
-        trial = self.groups.sum(norms(self._tensors).square(), self._rows)
-        moved = self.groups.sum((gradient_norms[self._positions] * step).square(), self._rows)
-        # |y|² = c² |x|² - 2 c lr <g, x> + lr² |g|², hence <y, x> = (c² |x|² + |y|² - lr² |g|²) / 2c.
-        inner = (shrink.square() * norm.square() + trial - moved) / (2.0 * shrink.clamp_min(1e-30))
-        self._alive = self._alive * ((inner >= self.epsilon * norm.square()) & (shrink > 0))
-        self._norm = trial.sqrt() * self._alive
+        if left <= 1:
+            torch._foreach_zero_(tensors)
+            self._shrinking = []
+            return
+        testing = (self.steps_done - self.warmup_steps) % self.test_every == 0
+        before = norms(tensors).square() if testing else None
+        for rate, members in self._by_rate(tensors):
+            torch._foreach_mul_(members, 1.0 - 1.0 / left)
+            with_gradient = [t for t in members if t.grad is not None]
+            if with_gradient:
+                torch._foreach_add_(with_gradient, [t.grad for t in with_gradient], alpha=-rate)
+        if before is not None:
+            self._project(tensors, before, 1.0 - 1.0 / left)
 
-    def _finite_gradient_norms(self) -> torch.Tensor:
-        """The norm of every parameter's gradient; raises before anything is touched if one is not finite."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        nothing = torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device)
-        gradient_norms = norms([nothing if p.grad is None else p.grad for p in parameters])
-        finite = torch.isfinite(gradient_norms).all()
+    def _project(self, tensors: list[nn.Parameter], before: torch.Tensor, shrink: float) -> None:
+        """Zero the groups whose trial y has left the half-space of x."""
+        rows = torch.tensor(self._shrinking, device=self.groups.group.device)
+        after = norms(tensors).square()
+        nothing = torch.zeros_like(tensors[0])
+        moved = norms([nothing if t.grad is None else t.grad for t in tensors]).square() * self._rates(tensors).square()
+        # |y|² = c² |x|² - 2 c lr <g, x> + lr² |g|², hence <y, x> = (c² |x|² + |y|² - lr² |g|²) / 2c.
+        inner = self.groups.sum(shrink**2 * before + after - moved, rows) / (2.0 * shrink)
+        out = (inner < self.epsilon * self.groups.sum(before, rows)) & (self.groups.sum(before, rows) > 0)
+        gone = out[self.groups.group[rows]].tolist()
+        if any(gone):
+            torch._foreach_zero_([t for t, left in zip(tensors, gone, strict=True) if left])
+            self._shrinking = [k for k, left in zip(self._shrinking, gone, strict=True) if not left]
+
+    def _by_rate(self, tensors: list[nn.Parameter]) -> Iterable[tuple[float, list[nn.Parameter]]]:
+        """The tensors of each parameter group, with its learning rate."""
+        if len(self.param_groups) == 1:
+            return [(float(self.param_groups[0]["lr"]), tensors)]
+        wanted = {id(t) for t in tensors}
+        split = [(float(g["lr"]), [p for p in g["params"] if id(p) in wanted]) for g in self.param_groups]
+        return [(rate, members) for rate, members in split if members]
+
+    def _rates(self, tensors: list[nn.Parameter]) -> torch.Tensor:
+        rate_of = {id(p): float(g["lr"]) for g in self.param_groups for p in g["params"]}
+        return torch.tensor([rate_of[id(t)] for t in tensors], device=self.groups.group.device)
+
+    def _check_finite(self) -> None:
+        """Raise before anything is touched if a gradient is NaN or infinite."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            return
+        finite = torch.isfinite(norms(gradients)).all()
         before, self._finite = self._finite, finite
         known = finite if finite.device.type == "cpu" else before
         if known is not None and not bool(known):
-            bad = [self._names[id(p)] for p in parameters if p.grad is not None and not p.grad.isfinite().all()]
+            named = [(self._names[id(p)], p.grad) for group in self.param_groups for p in group["params"]]
+            bad = [name for name, g in named if g is not None and not g.isfinite().all()]
             raise TrainingError(
                 f"the gradient of '{bad[0] if bad else '(of the step before)'}' is NaN or infinite at step "
                 f"{self.steps_done} ({len(bad)} parameters in all); nothing was updated. Lower the learning rate, clip "
                 f"the gradients, or scale the loss (torch.amp.GradScaler); opt.zero_grad() and go on, or reload."
             )
-        return gradient_norms
 
     def _follow_hyper_parameters(self) -> None:
         """Schedulers and users write to this optimizer's groups; ``base`` works with them."""
@@ -275,8 +281,7 @@ class H2SPG(Optimizer):
             "steps_done": self.steps_done,
             "redundant": list(self.redundant),
             "scores": self._scores.clone(),
-            "norm": self._norm.clone(),
-            "alive": self._alive.clone(),
+            "shrinking": list(self._shrinking),
             "params": names,
             "groups": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
             "base": {
@@ -303,8 +308,7 @@ class H2SPG(Optimizer):
             }
         self._mark(state_dict["redundant"])
         self._scores = state_dict["scores"].to(self._scores)
-        self._norm = state_dict["norm"].to(self._norm)
-        self._alive = state_dict["alive"].to(self._alive)
+        self._shrinking = list(state_dict["shrinking"])
         self._finite = None
 
 
