@@ -36,7 +36,7 @@ def is_layer(module: nn.Module) -> bool:
     """A ``torch.nn`` layer, or a subclass that keeps its forward: one tensor in, one tensor out."""
     forward = type(module).forward
     return (
-        forward.__module__.startswith("torch.nn.modules")
+        (forward.__module__ or "").startswith("torch.nn.modules")
         and not any(True for _ in module.children())
         and not isinstance(module, SIGNATURE_LAYERS)
         and not getattr(module, "return_indices", False)

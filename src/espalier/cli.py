@@ -1,0 +1,83 @@
+"""The command line: ``espalier inspect`` and ``espalier demo``."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from espalier.demo import Demo, run
+from espalier.errors import EspalierError
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Print and draw the search space of a model."""
+
+    factory: Annotated[str, tyro.conf.Positional]
+    """package.module:name of a function (without arguments) or class that makes the model, or of the model itself.
+    The current directory is importable."""
+    input: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """Shape of an example input, the batch first: 1x3x32x32. Give the option once per input. A type follows a colon
+    (1x16:int64), and a keyword argument's name precedes an equals sign (mask=1x16:bool)."""
+    levels: tuple[str, ...] = ("segment",)
+    """What may be removed."""
+    keep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Dotted path of a module that must stay, with all below it. Give the option once per module."""
+    out: Path = Path("espalier.html")
+    """Where to write the page with the drawings."""
+    svg: bool = False
+    """Write every drawing as an SVG file beside the page, too."""
+
+
+Command = (
+    Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
+    | Annotated[Demo, tyro.conf.subcommand("demo", prefix_name=False)]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status: 0, 1 (a check failed), 2 (an error to mend), 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    console = Console(highlight=False)
+    if arguments in (["--version"], ["-V"]):
+        from espalier import __version__
+
+        console.print(f"espalier {__version__}")
+        return 0
+    # torch's own pytree specs warn about themselves whenever one is copied
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
+    try:
+        command = tyro.cli(
+            Command,  # type: ignore[arg-type]
+            prog="espalier",
+            description="Train any PyTorch network once and get back the smaller network worth keeping. "
+            "espalier --version tells the version.",
+            args=arguments,
+        )
+        if isinstance(command, Demo):
+            return 0 if run(command, console) else 1
+        from espalier.report.inspect import inspect
+
+        inspect(
+            command.factory, command.input, command.levels, command.keep, command.out, command.svg, console
+        )
+    except EspalierError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True, highlight=False).print("interrupted; what was written is whole.")
+        return 130
+    return 0
+
+
+def _plain(error: Exception) -> str:
+    return str(error).replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
