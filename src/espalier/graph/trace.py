@@ -229,9 +229,9 @@ def _own_constants(model: nn.Module, module: fx.GraphModule) -> None:
 def root_for(model: nn.Module, graph: fx.Graph) -> nn.Module:
     """What ``graph`` reads of ``model``, and the constants that the export added, under one roof."""
     root = nn.Module()
-    for node in graph.nodes:
-        if node.op not in ("get_attr", "call_module") or node.target == "training":
-            continue
+    reads = [n for n in graph.nodes if n.op in ("get_attr", "call_module") and n.target != "training"]
+    # Called modules first, outer ones before inner ones: a parameter of theirs is then found in place.
+    for node in sorted(reads, key=lambda n: (n.op != "call_module", n.target.count("."))):
         constant = node.meta.get("constant")
         value = operator.attrgetter(node.target)(model) if constant is None else constant
         _place(root, model, node.target, value)
