@@ -6,6 +6,7 @@
 """
 
 import argparse
+import copy
 import gc
 import json
 import signal
@@ -50,8 +51,15 @@ def check_construct(make: Callable[[], Example]) -> dict[str, Any]:
     if sum(p.numel() for p in model.parameters()) > LARGEST_IN_FLOAT64:
         return {"skipped": "too large for three copies in float64"}
     model = generic(without_dropout(model.double()))
-    space = espalier.search_space(model, in_double(args), in_double(kwargs))
-    record: dict[str, Any] = {"structures": len(space), "segments": len(space.graph)}
+    dtype = "float64"
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model)(*in_double(args), **in_double(kwargs))
+        args, kwargs = in_double(args), in_double(kwargs)
+    except RuntimeError:  # kernels that take single precision only
+        model, dtype = model.float(), "float32"
+    space = espalier.search_space(model, args, kwargs)
+    record: dict[str, Any] = {"structures": len(space), "segments": len(space.graph), "dtype": dtype}
     if len(space):
         solution = random_removal(space, seed=0)
         differences = constructed(space, solution)

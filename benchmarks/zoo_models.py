@@ -165,7 +165,7 @@ def _transformers() -> Mapping[str, Callable[[], Example]]:
         "electra": text("ElectraForSequenceClassification", masked, **small, embedding_size=16),
         "deberta_v2": text("DebertaV2ForSequenceClassification", masked, **small, relative_attention=True, pos_att_type=["p2c", "c2p"]),
         "mobilebert": text("MobileBertForSequenceClassification", masked, **small, embedding_size=16, intra_bottleneck_size=16, true_hidden_size=16),
-        "gpt2": text("GPT2LMHeadModel", masked, vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, use_cache=False),
+        "gpt2": text("GPT2LMHeadModel", masked, vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, use_cache=False, bos_token_id=1, eos_token_id=2),
         "gpt_neox": text("GPTNeoXForCausalLM", **small, use_cache=False),
         "opt": text("OPTForCausalLM", masked, vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=48, num_attention_heads=4, max_position_embeddings=32, word_embed_proj_dim=32, use_cache=False),
         "llama_gqa": text("LlamaForCausalLM", masked, **decoder),
@@ -199,7 +199,7 @@ def _transformers() -> Mapping[str, Callable[[], Example]]:
         "clip_vision": text("CLIPVisionModel", image(), **vision),
         "wav2vec2": text("Wav2Vec2ForCTC", sound, **waves),
         "hubert": text("HubertForCTC", sound, **waves),
-        "whisper": text("WhisperForConditionalGeneration", lambda: {"input_features": torch.randn(BATCH, 16, 64), "decoder_input_ids": _ids(6)}, **(seq2seq | dict(max_source_positions=32, max_target_positions=16, num_mel_bins=16)) ),
+        "whisper": text("WhisperForConditionalGeneration", lambda: {"input_features": torch.randn(BATCH, 16, 64), "decoder_input_ids": _ids(6)}, **(seq2seq | dict(max_source_positions=32, max_target_positions=16, num_mel_bins=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1))),
     }  # fmt: skip
 
 

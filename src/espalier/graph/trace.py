@@ -67,7 +67,12 @@ def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mappin
             graph = _both_modes(model, args, kwargs, evaluated, notes)
     graph.set_codegen(codegen)
     _drop_unused(graph)
-    return Trace(model, fx.GraphModule(root_for(model, graph), graph, type(model).__name__), args, kwargs, tuple(notes))
+    graph_module = fx.GraphModule(root_for(model, graph), graph, type(model).__name__)
+    own = {id(module) for module in model.modules()}
+    for module in graph_module.modules():
+        if id(module) not in own:
+            module.training = model.training
+    return Trace(model, graph_module, args, kwargs, tuple(notes))
 
 
 def _both_modes(
