@@ -58,18 +58,20 @@ def round_trip(traced: Trace, training: bool) -> float:
     return max(gaps, default=float("inf"))
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
-    """Set every probability of dropping something to zero: dropped branches draw in another order."""
+def without_dropout(model: nn.Module) -> bool:
+    """Set every probability of dropping something to zero: dropped branches draw in another order.
+
+    Returns whether there were any.
+    """
+    found = False
     for module in model.modules():
+        dropping = "drop" in type(module).__name__.lower() or "StochasticDepth" in type(module).__name__
         for name, value in list(vars(module).items()):
-            if isinstance(value, (float, int)) and not isinstance(value, bool) and _is_drop(module, name):
+            probability = "drop" in name or (dropping and name == "p")
+            if probability and isinstance(value, float) and value > 0.0:
                 setattr(module, name, 0.0)
-    return model
-
-
-def _is_drop(module: nn.Module, name: str) -> bool:
-    dropping = "drop" in type(module).__name__.lower() or "StochasticDepth" in type(module).__name__
-    return (dropping and name in ("p", "drop_prob")) or ("drop" in name and "layer" not in name)
+                found = True
+    return found
 
 
 def generic(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ Nothing is downloaded: weights are random. Inputs are as small as the architectu
 """
 
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,15 @@ TIMM = (
     "samvit_base_patch16 vitamin_small_224 volo_d1_224 vovnet39a ese_vovnet19b_slim legacy_xception xception41 "
     "xcit_nano_12_p16_224 test_byobnet test_efficientnet test_nfnet deepseek_vit_412m"
 ).split()
+
+# Left to the end of a run.
+_LARGE = (
+    "nasnetalarge", "pnasnet5large", "inception_resnet_v2", "deepseek_vit_412m", "mobilenetv5_base", "efficientnet_b5",
+    "efficientnet_b6", "efficientnet_b7", "efficientnet_v2_m", "efficientnet_v2_l", "densenet161", "densenet169", "densenet201",
+    "regnet_x_16gf", "regnet_x_32gf", "regnet_y_16gf", "regnet_y_32gf", "regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32",
+    "convnext_large", "convnext_base", "swin_b", "swin_v2_b", "swin_v2_s", "swin3d_b", "swin3d_s", "resnet152",
+    "resnext101_64x4d", "wide_resnet101_2", "hrnet_w18_small", "samvit_base_patch16", "mvit_v2_s",
+)  # fmt: skip
 
 # Smallest image side that the architecture takes, where it is not 64.
 _SIDES = (64, 96, 128, 160, 224, 240, 256, 384)
@@ -204,10 +214,15 @@ def _transformers() -> Mapping[str, Callable[[], Example]]:
 
 
 def zoo() -> dict[str, Callable[[], Example]]:
-    """Every model by name (``timm/resnet18``), small ones first, with a maker of model and example inputs."""
+    """Every model by name (``timm/resnet18``) with a maker of model and example inputs."""
     models = import_torchvision().models
     entries = {f"transformers/{name}": make for name, make in _transformers().items()}
-    entries |= {f"timm/{name}": _timm(name) for name in TIMM}
-    for kind, module in (("classification", models), ("segmentation", models.segmentation), ("video", models.video)):
-        entries |= {f"torchvision/{name}": _torchvision(name, kind) for name in models.list_models(module=module)}
-    return entries
+    vision: dict[str, Callable[[], Example]] = {}
+    for kind, module in (("video", models.video), ("segmentation", models.segmentation), ("classification", models)):
+        vision |= {f"torchvision/{name}": _torchvision(name, kind) for name in models.list_models(module=module)}
+    for timm_name, vision_name in zip_longest(TIMM, vision):
+        if vision_name:
+            entries[vision_name] = vision[vision_name]
+        if timm_name:
+            entries[f"timm/{timm_name}"] = _timm(timm_name)
+    return dict(sorted(entries.items(), key=lambda entry: entry[0].endswith(_LARGE)))

@@ -187,6 +187,7 @@ def lift(graph: fx.Graph, model: nn.Module, signatures: Mapping[str, "torch.expo
     ``signatures`` maps call keys without their prefix (``"encoder.attn@1"``) to preserved signatures.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    del modules[""]  # a model that is itself a layer stays as its operators
     named = {n.name: n for n in graph.nodes}
     wanted = {name: m for name, m in modules.items() if isinstance(m, SIGNATURE_LAYERS)}
     for call in calls(graph, wanted) if wanted else ():

@@ -14,6 +14,25 @@ from torch import fx, nn
 from espalier.graph.lift import Call, boundary, calls, collapse, is_tensor, stack_of
 
 
+# Layers of torch.nn that act differently in train mode.
+_MODAL = (
+    nn.modules.batchnorm._NormBase,
+    nn.modules.dropout._DropoutNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+)
+
+
+def needs_both_modes(model: nn.Module, graph: fx.Graph) -> bool:
+    """Whether the lifted ``graph`` may differ in train mode: by the model's own code, or by a layer left unlifted."""
+    if reads_training(model):
+        return True
+    modal = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _MODAL)}
+    left = (node for node in graph.nodes if node.op == "call_function" and is_tensor(node))
+    return any(path in modal for node in left for _, path in stack_of(node)[-1:])
+
+
 def reads_training(model: nn.Module) -> bool:
     """Whether any code of the model, its ``torch.nn`` layers aside, may depend on ``training``.
 

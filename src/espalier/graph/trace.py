@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from espalier.errors import TraceError
 from espalier.graph.functional import functionalize
 from espalier.graph.lift import SIGNATURE_LAYERS, lift
-from espalier.graph.modes import merge, reads_training
+from espalier.graph.modes import merge, needs_both_modes
 from espalier.graph.source import where_raised
 
 
@@ -63,7 +63,7 @@ def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mappin
     with _quiet(), _restored_modes(model):
         evaluated, signatures, codegen = _exported(model, args, kwargs, training=False, notes=notes)
         graph = evaluated
-        if reads_training(model):
+        if needs_both_modes(model, evaluated):
             graph = _both_modes(model, args, kwargs, evaluated, notes)
     graph.set_codegen(codegen)
     _drop_unused(graph)
