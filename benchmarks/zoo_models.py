@@ -49,6 +49,13 @@ _LARGE = (
     "efficientnet_b6", "efficientnet_b7", "efficientnet_v2_m", "efficientnet_v2_l", "densenet161", "densenet169", "densenet201",
     "regnet_x_16gf", "regnet_x_32gf", "regnet_y_16gf", "regnet_y_32gf", "regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32",
     "convnext_large", "convnext_base", "swin_b", "swin_v2_b", "swin_v2_s", "swin3d_b", "swin3d_s", "resnet152",
+    "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4", "densenet121", "regnet_x_1_6gf", "regnet_x_3_2gf",
+    "regnet_x_800mf", "regnet_x_8gf", "regnet_y_1_6gf", "regnet_y_3_2gf", "regnet_y_800mf", "regnet_y_8gf", "resnet34",
+    "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "convnext_small", "vgg11", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19",
+    "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0", "squeezenet1_0", "swin_s", "resnet101", "vit_b_16",
+    "resnext101_32x8d", "fcn_resnet101", "deeplabv3_resnet101", "mobilenet_v3_large", "vgg19_bn", "inception_v4",
+    "r2plus1d_18", "r3d_18", "s3d", "swin3d_t", "mvit_v1_b", "maxvit_t", "fcn_resnet50", "hrnet_w18_small", "halonet26t",
+    "densenet121", "resnext50_32x4d", "wide_resnet50_2", "cait_xxs24_224", "swin_v2_t", "dpn48b", "crossvit_tiny_240",
     "resnext101_64x4d", "wide_resnet101_2", "hrnet_w18_small", "samvit_base_patch16", "mvit_v2_s",
 )  # fmt: skip
 
@@ -218,7 +225,7 @@ def zoo() -> dict[str, Callable[[], Example]]:
     models = import_torchvision().models
     entries = {f"transformers/{name}": make for name, make in _transformers().items()}
     vision: dict[str, Callable[[], Example]] = {}
-    for kind, module in (("video", models.video), ("segmentation", models.segmentation), ("classification", models)):
+    for kind, module in (("classification", models), ("segmentation", models.segmentation), ("video", models.video)):
         vision |= {f"torchvision/{name}": _torchvision(name, kind) for name in models.list_models(module=module)}
     for timm_name, vision_name in zip_longest(TIMM, vision):
         if vision_name:

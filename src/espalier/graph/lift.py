@@ -189,6 +189,7 @@ def lift(graph: fx.Graph, model: nn.Module, signatures: Mapping[str, "torch.expo
     modules = dict(model.named_modules(remove_duplicate=False))
     del modules[""]  # a model that is itself a layer stays as its operators
     named = {n.name: n for n in graph.nodes}
+    named |= {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
     wanted = {name: m for name, m in modules.items() if isinstance(m, SIGNATURE_LAYERS)}
     for call in calls(graph, wanted) if wanted else ():
         suffix = call.key.partition("@")[2]

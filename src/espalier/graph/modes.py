@@ -5,8 +5,10 @@ module that differs (drop path, a batch norm of one's own) is lifted whole, a sc
 a functional dropout) becomes an expression of ``self.training``.
 """
 
+import contextlib
 import operator
-import types
+import sys
+from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
@@ -24,53 +26,37 @@ _MODAL = (
 )
 
 
-def needs_both_modes(model: nn.Module, graph: fx.Graph) -> bool:
-    """Whether the lifted ``graph`` may differ in train mode: by the model's own code, or by a layer left unlifted."""
-    if reads_training(model):
-        return True
+@contextlib.contextmanager
+def watching_training() -> Iterator[list[str]]:
+    """Collects the names of the modules of code outside of torch that read ``training`` of any ``nn.Module``.
+
+    What is not in the list ran the same way as it would have in the other mode.
+    """
+    readers: list[str] = []
+
+    def read(module: nn.Module) -> bool:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] != "torch":
+            readers.append(caller)
+        if "training" not in module.__dict__:
+            raise AttributeError("training")
+        return module.__dict__["training"]
+
+    def write(module: nn.Module, mode: bool) -> None:
+        module.__dict__["training"] = mode
+
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    try:
+        yield readers
+    finally:
+        del nn.Module.training
+
+
+def leaves_modal_layers(model: nn.Module, graph: fx.Graph) -> bool:
+    """Whether the lifted ``graph`` holds operators of a layer that acts differently in train mode."""
     modal = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _MODAL)}
     left = (node for node in graph.nodes if node.op == "call_function" and is_tensor(node))
     return any(path in modal for node in left for _, path in stack_of(node)[-1:])
-
-
-def reads_training(model: nn.Module) -> bool:
-    """Whether any code of the model, its ``torch.nn`` layers aside, may depend on ``training``.
-
-    >>> reads_training(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
-    False
-    """
-    seen: set[types.CodeType] = set()
-    for cls in {type(module) for module in model.modules()}:
-        for base in cls.__mro__:
-            if base.__module__.startswith("torch.nn.") or base in (object, nn.Module):
-                continue
-            for member in vars(base).values():
-                function = getattr(member, "__func__", getattr(member, "fget", member))
-                if isinstance(function, types.FunctionType) and _mentions_training(function, seen):
-                    return True
-    return False
-
-
-def _mentions_training(function: types.FunctionType, seen: set[types.CodeType]) -> bool:
-    """Looks into the function, what is nested in it, and the plain Python functions that it names."""
-    pending = [function.__code__]
-    while pending:
-        code = pending.pop()
-        if code in seen:
-            continue
-        seen.add(code)
-        if "training" in code.co_names or "training" in code.co_consts:
-            return True
-        pending += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-        for name in code.co_names:
-            called = function.__globals__.get(name)
-            if isinstance(called, types.FunctionType) and not called.__module__.startswith("torch."):
-                called_seen = called.__code__ in seen
-                if not called_seen and _mentions_training(called, seen):
-                    return True
-    closure = function.__closure__ or ()
-    cells = [c.cell_contents for c in closure if isinstance(getattr(c, "cell_contents", None), types.FunctionType)]
-    return any(_mentions_training(f, seen) for f in cells if f.__code__ not in seen)
 
 
 # Operators that change how a tensor lies in memory, not its values: one mode may need them where the other's
@@ -81,13 +67,16 @@ _LAYOUT = (torch.ops.aten.contiguous.default,)
 def merge(evaluated: fx.Graph, trained: fx.Graph, model: nn.Module) -> str:
     """Make ``trained`` obey train/eval, in place; return '' or the reason why the two cannot be merged."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    other_outputs = _other_outputs(evaluated, trained)
+    if other_outputs:
+        return other_outputs
     for _ in range(8):
         only_trained = _mode_only(evaluated, trained)
         left, right = _compared(evaluated, set()), _compared(trained, only_trained)
         if [_signature(n) for n in left] == [_signature(n) for n in right]:
             pairs = list(zip(right, left, strict=True))
             _keep_layouts(evaluated, trained, pairs)
-            return _other_outputs(evaluated, trained) or _follow_training(trained, pairs, only_trained)
+            return _follow_training(trained, pairs, only_trained)
         if not _lift_what_differs(evaluated, trained, modules):
             break
     differs = _first_difference(left, right)

@@ -18,9 +18,9 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from espalier.errors import TraceError
-from espalier.graph.functional import functionalize
-from espalier.graph.lift import SIGNATURE_LAYERS, lift
-from espalier.graph.modes import merge, needs_both_modes
+from espalier.graph.functional import functionalize, is_in_place
+from espalier.graph.lift import SIGNATURE_LAYERS, is_tensor, lift
+from espalier.graph.modes import leaves_modal_layers, merge, watching_training
 from espalier.graph.source import where_raised
 
 
@@ -61,9 +61,10 @@ def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mappin
     args, kwargs = _two_of_a_batch_of_one((args, dict(kwargs or {})))
     notes: list[str] = []
     with _quiet(), _restored_modes(model):
-        evaluated, signatures, codegen = _exported(model, args, kwargs, training=False, notes=notes)
+        with watching_training() as readers:
+            evaluated, codegen = _exported(model, args, kwargs, training=False, notes=notes)
         graph = evaluated
-        if needs_both_modes(model, evaluated):
+        if readers or leaves_modal_layers(model, evaluated):
             graph = _both_modes(model, args, kwargs, evaluated, notes)
     graph.set_codegen(codegen)
     _drop_unused(graph)
@@ -79,7 +80,7 @@ def _both_modes(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], evaluated: fx.Graph, notes: list[str]
 ) -> fx.Graph:
     try:
-        trained, _, _ = _exported(model, args, kwargs, training=True, notes=[])
+        trained, _ = _exported(model, args, kwargs, training=True, notes=[])
     except TraceError as error:
         notes.append(f"train mode could not be exported, so the trace behaves as in eval mode: {error}")
         return evaluated
@@ -97,7 +98,7 @@ def _both_modes(
 
 def _exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, notes: list[str]
-) -> tuple[fx.Graph, dict[str, Any], Any]:
+) -> tuple[fx.Graph, Any]:
     model.train(training)
     program = _export(model, args, kwargs, notes)
     module = program.module(check_guards=False)
@@ -108,7 +109,7 @@ def _exported(
     signatures = {entry.fqn: entry for entry in program.module_call_graph}
     functionalize(graph)
     lift(graph, model, signatures)
-    return graph, signatures, codegen
+    return graph, codegen
 
 
 def _export(
@@ -130,7 +131,10 @@ def _export(
         )
 
     try:
-        return export(shapes, signed)
+        program = export(shapes, signed)
+        if any(t.ndim and t.shape[0] > 1 for t in _tensors((args, kwargs))) and not _batch_is_free(program):
+            notes.append("the batch size is fixed at that of the example inputs: the model's code depends on it")
+        return program
     except Exception as error:
         free_batch = error
     for attempt_signed in (signed, ()) if signed else ((),):
@@ -142,6 +146,12 @@ def _export(
         notes.append(f"the batch size is fixed at that of the example inputs: {_first_line(free_batch)}")
         return program
     raise _explained(model, failure) from failure
+
+
+def _batch_is_free(program: ExportedProgram) -> bool:
+    inputs = _tensors([node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"])
+    sizes = [t.shape[0] for t in inputs if t.ndim]
+    return any(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in sizes)
 
 
 def _explained(model: nn.Module, error: Exception) -> TraceError:
@@ -272,8 +282,10 @@ def _is_persistent(model: nn.Module, target: str) -> bool:
 
 
 def _drop_unused(graph: fx.Graph) -> None:
+    """Parameters of lifted layers, and sizes that only they needed."""
     for node in reversed(list(graph.nodes)):
-        if node.op == "get_attr" and not node.users:
+        size = node.op == "call_function" and not is_tensor(node) and not is_in_place(node)
+        if (size or node.op == "get_attr") and not node.users:
             graph.erase_node(node)
 
 
