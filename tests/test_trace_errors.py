@@ -112,7 +112,7 @@ def test_a_model_without_parameters():
 
 
 def test_what_is_no_model():
-    with pytest.raises(TraceError, match=r"expected a torch\.nn\.Module, got function"):
+    with pytest.raises(TraceError, match=r"expected a torch\.nn\.Module, got builtin_function"):
         trace(torch.relu, IMAGE)  # type: ignore[arg-type]
 
 

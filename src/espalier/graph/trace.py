@@ -6,6 +6,8 @@ layers. The trace shares the model's parameters: training either trains both.
 
 import contextlib
 import inspect
+import io
+import logging
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
@@ -58,6 +60,7 @@ def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mappin
     """
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     _check_model(model)
+    _check_inputs(model, args, dict(kwargs or {}))
     args, kwargs = _two_of_a_batch_of_one((args, dict(kwargs or {})))
     notes: list[str] = []
     with _quiet(), _restored_modes(model):
@@ -197,6 +200,23 @@ def _check_model(model: nn.Module) -> None:
         raise TraceError(f"the model lies on several devices ({listed}): move it to one with model.to(device).")
 
 
+def _check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    signature = signature_of(model)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        code = getattr(model.forward, "__code__", None)
+        line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        raise TraceError(
+            f"the number or the names of the example inputs do not fit {type(model).__name__}.forward{signature}"
+            f"{line}: {error}. Give args and kwargs as that forward takes them."
+        ) from error
+    own = next(model.parameters()).device
+    devices = {str(tensor.device): None for tensor in _tensors((args, kwargs))}
+    if devices and str(own) not in devices:
+        raise TraceError(f"the example inputs lie on {', '.join(devices)}, the model on {own}: move them to one device.")
+
+
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
@@ -224,9 +244,16 @@ def _restored_modes(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Keep the export's warnings, and the graph that it prints when it fails, from the user's terminal."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _own_constants(model: nn.Module, module: fx.GraphModule) -> None:
