@@ -159,7 +159,9 @@ def test_the_first_of_several_attentions_is_one_call_too():
         check(traced)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-    assert [name for name in called(traced) if name.endswith("self_attn")] == [f"{i}.self_attn" for i in range(3)]
+    assert [name for name in called(traced) if name.endswith("self_attn")] == [
+        f"{i}.self_attn" for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
@@ -209,7 +211,9 @@ def test_transposed_convolution_with_an_output_size():
         lambda m, x: F.dropout(m.a(x), 0.3, m.training) + m.b(x),
         lambda m, x: F.dropout(m.a(x), 0.3 if m.training else 0.0) + m.b(x),
         lambda m, x: F.alpha_dropout(m.a(x), 0.3, m.training),
-        lambda m, x: F.scaled_dot_product_attention(m.a(x)[:, None], m.b(x)[:, None], x[:, None], dropout_p=0.2 * m.training),
+        lambda m, x: F.scaled_dot_product_attention(
+            m.a(x)[:, None], m.b(x)[:, None], x[:, None], dropout_p=0.2 * m.training
+        ),
         lambda m, x: F.batch_norm(m.a(x), m.bn.running_mean, m.bn.running_var, training=m.training),
     ],
     ids=["dropout", "probability", "alpha", "attention", "batch_norm"],
@@ -338,7 +342,17 @@ def test_a_counter_that_the_model_updates_itself():
         lambda m, x: F.relu_(m.a(x)).sigmoid_(),
         lambda m, x: m.a(x).masked_fill_(x > 0, 0.0),
     ],
-    ids="relu_read_later add slice view_select transpose old_view setitem functional masked".split(),
+    ids=[
+        "relu_read_later",
+        "add",
+        "slice",
+        "view_select",
+        "transpose",
+        "old_view",
+        "setitem",
+        "functional",
+        "masked",
+    ],
 )
 def test_in_place_operators(body: Callable[..., Any]):
     check(trace(Net(body, relu=nn.ReLU(inplace=True)), torch.randn(3, 4)))

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from espalier.graph.lift import Call, boundary, calls, collapse, is_tensor, stack_of
-
 
 # Layers of torch.nn that act differently in train mode.
 _MODAL = (
@@ -70,6 +70,8 @@ def merge(evaluated: fx.Graph, trained: fx.Graph, model: nn.Module) -> str:
     other_outputs = _other_outputs(evaluated, trained)
     if other_outputs:
         return other_outputs
+    left: list[fx.Node] = []
+    right: list[fx.Node] = []
     for _ in range(8):
         only_trained = _mode_only(evaluated, trained)
         left, right = _compared(evaluated, set()), _compared(trained, only_trained)
@@ -187,7 +189,11 @@ def _follow_training(
 ) -> str:
     """Replace every scalar argument that differs between the modes; '' or why the graphs do not match."""
     same = dict(pairs)
-    same |= dict(zip(_of(graph, "placeholder"), _of(pairs[0][1].graph, "placeholder"), strict=True)) if pairs else {}
+    same |= (
+        dict(zip(_of(graph, "placeholder"), _of(pairs[0][1].graph, "placeholder"), strict=True))
+        if pairs
+        else {}
+    )
 
     def counterpart(node: fx.Node) -> fx.Node | None:
         while node in only_trained or node.target in _LAYOUT:
@@ -197,15 +203,17 @@ def _follow_training(
     training: fx.Node | None = None
     for node, other in pairs:
         _spell_out_defaults(node, other)
-        flat, spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
-        flat_other, spec_other = torch.utils._pytree.tree_flatten((other.args, other.kwargs))
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+        flat_other, spec_other = pytree.tree_flatten((other.args, other.kwargs))
         if spec != spec_other:
             return f"the call of {node.target} has other arguments in train mode"
         for i, (a, b) in enumerate(zip(flat, flat_other, strict=True)):
             if isinstance(a, fx.Node) and isinstance(b, fx.Node):
                 if not is_tensor(a) and not is_tensor(b):
                     continue  # a size, which both modes compute alike
-                if not (a.op == b.op == "get_attr" and a.target == b.target) and counterpart(a) is not _beneath(b):
+                if not (a.op == b.op == "get_attr" and a.target == b.target) and counterpart(
+                    a
+                ) is not _beneath(b):
                     return f"the call of {node.target} reads another tensor in train mode"
             elif type(a) is not type(b) or a != b:
                 if isinstance(a, (fx.Node, torch.Tensor)) or isinstance(b, (fx.Node, torch.Tensor)):
@@ -217,7 +225,7 @@ def _follow_training(
                 with graph.inserting_before(node):
                     flat[i] = training if (a, b) == (True, False) else _either(graph, b, a, training)
         else:
-            node.args, node.kwargs = torch.utils._pytree.tree_unflatten(flat, spec)
+            node.args, node.kwargs = pytree.tree_unflatten(flat, spec)
     return ""
 
 
@@ -232,9 +240,12 @@ def _dropout_layer(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _other_outputs(evaluated: fx.Graph, trained: fx.Graph) -> str:
-    returned = [len(torch.utils._pytree.tree_leaves(_of(g, "output")[0].args)) for g in (evaluated, trained)]
+    returned = [len(pytree.tree_leaves(_of(g, "output")[0].args)) for g in (evaluated, trained)]
     if returned[0] != returned[1]:
-        return f"it returns {returned[1]} tensors in train mode and {returned[0]} in eval mode; the trace returns the latter"
+        return (
+            f"it returns {returned[1]} tensors in train mode and {returned[0]} in eval mode; "
+            f"the trace returns the latter"
+        )
     return ""
 
 
@@ -249,7 +260,9 @@ def _spell_out_defaults(node: fx.Node, other: fx.Node) -> None:
         keywords = set(node.kwargs) | set(other.kwargs)
         call.args = tuple(given.get(a.name, a.default_value) for a in needed)
         call.kwargs = {
-            a.name: given.get(a.name, a.default_value) for a in schema.arguments[len(needed) :] if a.name in keywords
+            a.name: given.get(a.name, a.default_value)
+            for a in schema.arguments[len(needed) :]
+            if a.name in keywords
         }
 
 
@@ -266,6 +279,6 @@ def _read_flag(graph: fx.Graph) -> fx.Node:
 
 
 def _either(graph: fx.Graph, in_eval: object, in_train: object, training: fx.Node) -> fx.Node:
-    node = graph.call_function(operator.getitem, ((in_eval, in_train), training))
+    node = graph.call_function(operator.getitem, ((in_eval, in_train), training))  # type: ignore[arg-type]
     node.meta["val"] = in_train
     return node

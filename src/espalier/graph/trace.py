@@ -45,30 +45,32 @@ class Trace:
         return self.graph_module.graph
 
 
-def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mapping[str, Any] | None = None) -> Trace:
+def trace(
+    model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mapping[str, Any] | None = None
+) -> Trace:
     """Trace ``model`` on example inputs.
 
     >>> traced = trace(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), (torch.randn(3, 4),))
     >>> [node.target for node in traced.graph.nodes if node.op == "call_module"]
     ['0', '1']
 
-    ``args`` is the tuple of positional inputs (a lone tensor is taken as the only one), ``kwargs`` the keyword
-    ones; tensors may sit in tuples, lists and dicts. Their first dimension is taken as the batch and left free
-    where the model allows it. The model's mode and its gradients stay as they are.
+    ``args`` is the tuple of positional inputs (a lone tensor is taken as the only one), ``kwargs`` the
+    keyword ones; tensors may sit in tuples, lists and dicts. Their first dimension is taken as the batch and
+    left free where the model allows it. The model's mode and its gradients stay as they are.
 
     Raises :class:`TraceError`, which names the module, the source line and what to do.
     """
-    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     _check_model(model)
-    _check_inputs(model, args, dict(kwargs or {}))
-    args, kwargs = _two_of_a_batch_of_one((args, dict(kwargs or {})))
+    given = (args,) if isinstance(args, torch.Tensor) else tuple(args), dict(kwargs or {})
+    _check_inputs(model, *given)
+    example_args, example_kwargs = _two_of_a_batch_of_one(given)
     notes: list[str] = []
     with _quiet(), _restored_modes(model):
         with watching_training() as readers:
-            evaluated, codegen = _exported(model, args, kwargs, training=False, notes=notes)
+            evaluated, codegen = _exported(model, example_args, example_kwargs, training=False, notes=notes)
         graph = evaluated
         if readers or leaves_modal_layers(model, evaluated):
-            graph = _both_modes(model, args, kwargs, evaluated, notes)
+            graph = _both_modes(model, example_args, example_kwargs, evaluated, notes)
     graph.set_codegen(codegen)
     _drop_unused(graph)
     graph_module = fx.GraphModule(root_for(model, graph), graph, type(model).__name__)
@@ -76,7 +78,7 @@ def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mappin
     for module in graph_module.modules():
         if id(module) not in own:
             module.training = model.training
-    return Trace(model, graph_module, args, kwargs, tuple(notes))
+    return Trace(model, graph_module, example_args, example_kwargs, tuple(notes))
 
 
 def _both_modes(
@@ -118,11 +120,9 @@ def _exported(
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]
 ) -> ExportedProgram:
-    signed = tuple(
-        name for name, m in model.named_modules() if name and isinstance(m, SIGNATURE_LAYERS) and not any(
-            isinstance(p, SIGNATURE_LAYERS) and name.startswith(f"{q}.") for q, p in model.named_modules() if q
-        )
-    )  # fmt: skip
+    composite = [name for name, m in model.named_modules() if name and isinstance(m, SIGNATURE_LAYERS)]
+    inner = {name for name in composite if any(name.startswith(f"{outer}.") for outer in composite)}
+    signed = tuple(name for name in composite if name not in inner)
     shapes = ShapesCollection()
     for tensor in _tensors((args, kwargs)):
         if tensor.ndim and tensor.shape[0] > 1:
@@ -136,10 +136,12 @@ def _export(
     try:
         program = export(shapes, signed)
         if any(t.ndim and t.shape[0] > 1 for t in _tensors((args, kwargs))) and not _batch_is_free(program):
-            notes.append("the batch size is fixed at that of the example inputs: the model's code depends on it")
+            notes.append(
+                "the batch size is fixed at that of the example inputs: the model's code depends on it"
+            )
         return program
     except Exception as error:
-        free_batch = error
+        failure = free_batch = error
     for attempt_signed in (signed, ()) if signed else ((),):
         try:
             program = export(None, attempt_signed)
@@ -189,7 +191,9 @@ def _check_model(model: nn.Module) -> None:
         raise TraceError("the model is wrapped for parallel training: pass its .module, and wrap afterwards.")
     lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
-        raise TraceError(f"parameter '{lazy[0]}' is not initialised yet: run the model once on example inputs.")
+        raise TraceError(
+            f"parameter '{lazy[0]}' is not initialised yet: run the model once on example inputs."
+        )
     places: dict[torch.device, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         places.setdefault(tensor.device, name)
@@ -197,7 +201,9 @@ def _check_model(model: nn.Module) -> None:
         raise TraceError(f"{type(model).__name__} has no parameters: there is nothing to make smaller.")
     if len(places) > 1:
         listed = ", ".join(f"'{name}' on {device}" for device, name in places.items())
-        raise TraceError(f"the model lies on several devices ({listed}): move it to one with model.to(device).")
+        raise TraceError(
+            f"the model lies on several devices ({listed}): move it to one with model.to(device)."
+        )
 
 
 def _check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -208,13 +214,16 @@ def _check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         code = getattr(model.forward, "__code__", None)
         line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
         raise TraceError(
-            f"the number or the names of the example inputs do not fit {type(model).__name__}.forward{signature}"
-            f"{line}: {error}. Give args and kwargs as that forward takes them."
+            f"the number or the names of the example inputs do not fit "
+            f"{type(model).__name__}.forward{signature}{line}: {error}. "
+            "Give args and kwargs as that forward takes them."
         ) from error
     own = next(model.parameters()).device
     devices = {str(tensor.device): None for tensor in _tensors((args, kwargs))}
     if devices and str(own) not in devices:
-        raise TraceError(f"the example inputs lie on {', '.join(devices)}, the model on {own}: move them to one device.")
+        raise TraceError(
+            f"the example inputs lie on {', '.join(devices)}, the model on {own}: move them to one device."
+        )
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
