@@ -73,15 +73,10 @@ class Report:
             table = _table(["", *map(escape, names), "change"], rows, numbers=(1, 2, 3))
             parts.append(f"<section><h2>Before and after</h2>{table}</section>")
         if self.checks:
-            passed = all(c.passed for c in self.checks)
-            words = "All hold." if passed else "<b>Some fail.</b>"
+            words = "All hold. " if all(check.passed for check in self.checks) else "<b>Some fail.</b> "
+            words += "What the sub-network leaves out was exactly zero; only the order of sums can differ."
             rows = [
-                [
-                    f"{escape(name)}<br><span class='muted'>{escape(detail)}</span>",
-                    found,
-                    allowed,
-                    _badge(good),
-                ]
+                [f'<span title="{escape(detail)}">{escape(name)}</span>', found, allowed, _badge(good)]
                 for name, detail, found, allowed, good in check_rows(self.checks)
             ]
             table = _table(["outputs compared", "max |difference|", "allowed", ""], rows, numbers=(1, 2))
@@ -94,8 +89,8 @@ class Report:
             f'<figure data-drawing><figcaption><b>{escape(figure.title)}</b><span class="muted">{escape(caption)}</span>'
             '<button data-do="in" title="closer" aria-label="closer">+</button>'
             '<button data-do="out" title="farther" aria-label="farther">−</button>'
-            '<button data-do="fit" title="fit (double click)" aria-label="fit">⤢</button>'
-            '<button data-do="full" title="full screen" aria-label="full screen">⛶</button></figcaption>'
+            '<button data-do="fit" title="fit (double click)" aria-label="fit">fit</button>'
+            '<button data-do="full" title="full screen" aria-label="full screen">full</button></figcaption>'
             f'<div class="view">{draw(figure, style=False)}</div></figure>'
             for figure, caption in zip(self.figures, captions, strict=False)
         )

@@ -12,6 +12,8 @@ from torch.utils.benchmark import Timer
 
 from espalier.space.cost import measure
 
+PHASES: Mapping[str, str] = {"warmup": "warm-up", "hybrid": "half-space steps", "done": "final training"}
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -40,7 +42,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Step:
-    """The state after one training step; ``accuracy`` (of the validation data) where it was measured."""
+    """The state after one training step.
+
+    ``accuracy`` (of the validation data) where it was measured; ``norm`` of the redundant structures, relative
+    to that when they were marked, from then on.
+    """
 
     step: int
     phase: str
@@ -48,6 +54,7 @@ class Step:
     lr: float
     zero: int
     accuracy: float | None = None
+    norm: float | None = None
 
 
 @dataclass
