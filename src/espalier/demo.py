@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,11 +15,14 @@ from torch.nn.functional import cross_entropy
 import espalier
 from espalier.data import Batches, digits
 from espalier.errors import EspalierError
+from espalier.graph.trace import trace
 from espalier.models.demonet import DemoNet
 from espalier.report.console import LiveTraining, checks_table, results_table, space_table
-from espalier.report.figures import network_figure, segment_figure, trace_figure
-from espalier.report.html import Report
+from espalier.report.draw import draw_beside
+from espalier.report.figures import folded_figure, trace_figure
+from espalier.report.html import Report, write_text
 from espalier.report.results import Check, History, Measurement, Step, difference, measure_all
+from espalier.report.segment_figures import segment_figure
 
 _CAPTIONS = (
     "every operator of the full network",
@@ -34,7 +37,7 @@ class Demo:
     """Train DemoNet on handwritten digits with H2SPG, and write the sub-network and a report."""
 
     out: Path = Path("demo")
-    """Folder for report.html, small.espalier and small.onnx."""
+    """Folder for report.html, networks.svg, small.espalier and small.onnx."""
     epochs: int = 24
     """Epochs of the one training."""
     budget: float = 0.4
@@ -60,15 +63,6 @@ class _Data:
     train: Batches
     validation: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
-
-
-@dataclass
-class _Run:
-    """What a finished training leaves."""
-
-    history: History
-    steps: int
-    checks: list[Check] = field(default_factory=list)
 
 
 def run(demo: Demo, console: Console) -> bool:
@@ -113,9 +107,10 @@ def run(demo: Demo, console: Console) -> bool:
     networks = measure_all(
         {"full network": full, "sub-network": small}, (example,), lambda n: accuracy(n, data.test)
     )
+    traced = trace(small, (example,))
     figures += [
         segment_figure(space, solution.removed, "Redundant structures"),
-        network_figure(small, (example,), title="Constructed sub-network"),
+        trace_figure(traced, "Constructed sub-network"),
     ]
     report = Report(
         title="DemoNet on handwritten digits",
@@ -130,9 +125,17 @@ def run(demo: Demo, console: Console) -> bool:
         history=history,
     )
     report.write(demo.out / "report.html")
+    panels = [
+        replace(figures[1], title="1. Its search space"),
+        replace(figures[2], title="2. What the training drove to zero"),
+        folded_figure(traced, "3. The sub-network"),
+    ]
+    write_text(
+        demo.out / "networks.svg", draw_beside(panels, "DemoNet: segments, redundant structures, sub-network")
+    )
     console.print("", results_table(networks), "", checks_table(checks), "")
     console.print(f"Removed: {', '.join(solution.removed)}")
-    names = ("report.html", "small.espalier", "small.onnx")
+    names = ("report.html", "networks.svg", "small.espalier", "small.onnx")
     console.print(
         f"Wrote {', '.join(str(demo.out / name) for name in names)} in {time.perf_counter() - started:.0f} s"
     )
@@ -210,21 +213,21 @@ def _check(masked: nn.Module, small: nn.Module, trained: nn.Module, images: Tens
     """The sub-network against the zeroed full network, and that against the trained network as it is."""
     checks = [
         Check(
-            "trained network = zeroed full network",
+            "trained network = zeroed network",
             difference(trained.eval()(images), masked.eval()(images)),
             detail="the training itself has brought the structures to zero",
         )
     ]
     for kind, bound in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        inputs = images.to(kind)
         for mode in ("eval", "train"):
-            one, other = copy.deepcopy(masked).to(kind), copy.deepcopy(small).to(kind)
-            gap = difference(
-                one.train(mode == "train")(images.to(kind)), other.train(mode == "train")(images.to(kind))
+            one, other = (
+                copy.deepcopy(network).to(kind).train(mode == "train") for network in (masked, small)
             )
-            words = "rounding of sums only: fewer terms, in another order"
-            checks.append(
-                Check(f"sub-network = zeroed full network, {mode} mode, {str(kind)[6:]}", gap, bound, words)
-            )
+            expected, found = one(inputs), other(inputs)
+            name = f"sub-network = zeroed network, {mode}, {str(kind).removeprefix('torch.')}"
+            words = f"{len(images)} images, outputs up to {float(expected.abs().max()):.3g}"
+            checks.append(Check(name, difference(found, expected), bound, words))
     return checks
 
 
@@ -264,7 +267,8 @@ def _onnx_gap(path: Path, example: Tensor, expected: Tensor) -> float:
 def _lead(demo: Demo, networks: dict[str, Measurement], removed: int, total: int) -> str:
     full, small = networks.values()
     return (
-        f"Trained once with H2SPG for {demo.epochs} epochs, {removed} of {total} removable structures are exactly zero and "
-        f"gone. The sub-network keeps {100 * small.params / full.params:.0f} % of the parameters and "
-        f"{100 * small.macs / full.macs:.0f} % of the MACs, and gives the outputs of the zeroed full network."
+        f"Trained once with H2SPG for {demo.epochs} epochs, {removed} of {total} removable structures are "
+        f"exactly zero and gone. The sub-network keeps {100 * small.params / full.params:.0f} % of the "
+        f"parameters and {100 * small.macs / full.macs:.0f} % of the MACs "
+        "and gives the outputs of the zeroed full network."
     )

@@ -28,10 +28,11 @@ def saliency_chart(scores: Mapping[str, float], removed: Collection[str]) -> str
         end = x + width + 6 if score >= 0 else x - 6
         anchor = "start" if score >= 0 else "end"
         parts.append(
-            f'<g class="bar {kind}"><title>{escape(name)}: {score:.6g}{", removed" if kind == "gone" else ""}</title>'
+            f'<g class="bar {kind}"><title>{escape(name)}: {score:.6g}, {kind}</title>'
             f'<text x="{left - 6:.1f}" y="{y + 14}" text-anchor="end">{escape(shorten(name, 30))}</text>'
             f'<rect x="{x:.1f}" y="{y}" width="{max(width, 1):.1f}" height="19" rx="3"/>'
-            f'<text class="value" x="{end:.1f}" y="{y + 14}" text-anchor="{anchor}">{_number(score)}</text></g>'
+            f'<text class="value" x="{end:.1f}" y="{y + 14}" text-anchor="{anchor}">'
+            f"{_number(score)}</text></g>"
         )
     parts.append(f'<line class="axis" x1="{zero:.1f}" x2="{zero:.1f}" y1="2" y2="{height - 4}"/></svg>')
     return "".join(parts)
@@ -77,7 +78,8 @@ def training_chart(history: History) -> str:
     for phase, first, end in history.phases():
         x, end_x = across(max(first - 1, 0)), across(end)
         parts.append(
-            f'<rect class="phase phase-{phase}" x="{x:.1f}" y="24" width="{end_x - x:.1f}" height="{total - 44}"/>'
+            f'<rect class="phase phase-{phase}" x="{x:.1f}" y="24" '
+            f'width="{end_x - x:.1f}" height="{total - 44}"/>'
         )
         words = PHASES.get(phase, phase)
         if end_x - x > text_width(words, 11):
@@ -182,6 +184,6 @@ def _number(value: float) -> str:
 
 def _open(width: float, height: float, title: str) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        f'aria-label="{escape(title)}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'role="img" aria-label="{escape(title)}">'
     )

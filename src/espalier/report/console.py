@@ -109,8 +109,8 @@ class LiveTraining:
         elif step.accuracy is not None:
             seconds = time.perf_counter() - self._started
             self.console.print(
-                f"{PHASES.get(step.phase, step.phase):<17} step {step.step:>5}  {self._words(step).plain.strip()}  "
-                f"{seconds:5.1f} s",
+                f"{PHASES.get(step.phase, step.phase):<17} step {step.step:>5}  "
+                f"{self._words(step).plain.strip()}  {seconds:5.1f} s",
                 soft_wrap=True,
             )
 
@@ -120,5 +120,6 @@ class LiveTraining:
         return Text.assemble(
             ("loss ", "dim"), f"{step.loss:.4f}", ("   validation accuracy ", "dim"), accuracy,
             ("   lr ", "dim"), f"{step.lr:.4f}",
-            ("   zero structures ", "dim"), (f"{step.zero}/{self.history.target}", "bold green" if done else "bold"),
+            ("   zero structures ", "dim"),
+            (f"{step.zero}/{self.history.target}", "bold green" if done else "bold"),
         )  # fmt: skip

@@ -23,8 +23,8 @@ from espalier.space.summary import Summary
 class Report:
     """What the page shows; each part is left out where it is empty.
 
-    ``networks`` maps the names of two networks (before, after) to their measurements, ``figures`` are drawn in
-    their order, ``saliency`` maps structures to scores and ``removed`` names those that went.
+    ``networks`` maps the names of two networks (before, after) to their measurements, ``figures`` are drawn
+    in their order, ``saliency`` maps structures to scores and ``removed`` names those that went.
     """
 
     title: str
@@ -41,10 +41,13 @@ class Report:
     def html(self) -> str:
         """The page."""
         body = [self._head(), self._results(), self._drawings(), self._training(), self._space(), _footer()]
-        style = variables() + drawing_rules() + files(__package__).joinpath("page.css").read_text("utf-8")
-        script = files(__package__).joinpath("page.js").read_text("utf-8")
+        style = (
+            variables() + drawing_rules() + files("espalier.report").joinpath("page.css").read_text("utf-8")
+        )
+        script = files("espalier.report").joinpath("page.js").read_text("utf-8")
         return (
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>'
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f"<title>{escape(self.title)}</title>"
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<style>{style}body{{font-family:{FONT}}}</style></head>\n<body><main>\n"
             + "\n".join(part for part in body if part)
@@ -86,7 +89,8 @@ class Report:
     def _drawings(self) -> str:
         captions = [*self.captions, *[""] * len(self.figures)]
         drawn = "".join(
-            f'<figure data-drawing><figcaption><b>{escape(figure.title)}</b><span class="muted">{escape(caption)}</span>'
+            f"<figure data-drawing><figcaption><b>{escape(figure.title)}</b>"
+            f'<span class="muted">{escape(caption)}</span>'
             '<button data-do="in" title="closer" aria-label="closer">+</button>'
             '<button data-do="out" title="farther" aria-label="farther">−</button>'
             '<button data-do="fit" title="fit (double click)" aria-label="fit">fit</button>'
@@ -101,13 +105,16 @@ class Report:
         if self.saliency:
             key = '<div class="key"><span><i></i>stays</span><span><i class="gone"></i>removed</span></div>'
             parts.append(
-                "<section><h2>Saliency per structure</h2><p class='muted'>Lowest first. A structure whose removal would "
-                f"cut the network apart stays, whatever its score.</p>{key}{saliency_chart(self.saliency, self.removed)}</section>"
+                "<section><h2>Saliency per structure</h2>"
+                "<p class='muted'>Lowest first. A structure whose removal "
+                "would cut the network apart stays, whatever its score.</p>"
+                f"{key}{saliency_chart(self.saliency, self.removed)}</section>"
             )
         if self.history is not None and self.history.steps:
             parts.append(
-                "<section><h2>Training</h2><p class='muted'>One run; the redundant structures reach zero in the shaded "
-                f"phase.</p>{training_chart(self.history)}</section>"
+                "<section><h2>Training</h2>"
+                "<p class='muted'>One run; the redundant structures reach zero in the "
+                f"shaded phase.</p>{training_chart(self.history)}</section>"
             )
         return f'<div class="pair">{"".join(parts)}</div>' if parts else ""
 
@@ -162,13 +169,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
         )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    top = f"<thead><tr>{line(head, 'th')}</tr></thead>"
+    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
 def _footer() -> str:
     from espalier import __version__
 
     return (
-        f"<footer>espalier {__version__} · torch {escape(torch.__version__)} · Python {platform.python_version()} · "
-        f"{torch.get_num_threads()} threads</footer>"
+        f"<footer>espalier {__version__} · torch {escape(torch.__version__)} · "
+        f"Python {platform.python_version()} · {torch.get_num_threads()} threads</footer>"
     )

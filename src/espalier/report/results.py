@@ -17,7 +17,7 @@ PHASES: Mapping[str, str] = {"warmup": "warm-up", "hybrid": "half-space steps", 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One network: parameters, MACs per example, median latency in seconds of one batch, accuracy in 0 … 1."""
+    """One network: parameters, MACs per example, median seconds of one batch, accuracy in 0 … 1."""
 
     params: int
     macs: int
@@ -28,7 +28,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was proven: ``difference`` is the largest absolute one found, at most ``bound`` passes."""
+    """One thing that was proven: ``difference`` is the largest one found; up to ``bound`` it passes."""
 
     name: str
     difference: float
@@ -44,8 +44,8 @@ class Check:
 class Step:
     """The state after one training step.
 
-    ``accuracy`` (of the validation data) where it was measured; ``norm`` of the redundant structures, relative
-    to that when they were marked, from then on.
+    ``accuracy`` (of the validation data) where it was measured; ``norm`` of the redundant structures,
+    relative to that when they were marked, from then on.
     """
 
     step: int
@@ -59,7 +59,7 @@ class Step:
 
 @dataclass
 class History:
-    """The course of a training. ``structures`` is the number that can be removed, ``target`` that shall be."""
+    """The course of a training. ``structures`` can be removed, ``target`` of them shall be."""
 
     structures: int
     target: int
@@ -86,7 +86,7 @@ def latencies(
     rounds: int = 5,
     seconds: float = 0.1,
 ) -> dict[str, float]:
-    """Median seconds of one evaluation of each network, measured in turns so that all meet the same machine."""
+    """Median seconds of one evaluation of each network, in turns, so that all meet the same machine."""
     times: dict[str, list[float]] = {name: [] for name in networks}
     modes = [(m, m.training) for network in networks.values() for m in network.modules()]
     try:
