@@ -27,8 +27,8 @@ class Vertex:
     """One box, circle (a joint vertex) or pill (an input or output) of a drawing.
 
     ``kind`` is a key of :data:`espalier.report.operators.KINDS`, or ``io`` or ``segment``. ``strip`` holds
-    the kinds of the nodes within a segment. ``status``: "", ``candidate`` (a structure), ``removed`` (a redundant
-    structure), ``idle`` (nothing rests on it any more).
+    the kinds of the nodes within a segment. ``status``: "", ``candidate`` (a structure), ``removed`` (a
+    redundant structure), ``idle`` (nothing rests on it any more).
     """
 
     title: str

@@ -78,7 +78,7 @@ def parse_inputs(texts: Sequence[str]) -> tuple[tuple[Tensor, ...], dict[str, Te
             sizes = [int(size) for size in shape.lower().replace(",", "x").split("x")]
         except ValueError:
             sizes = [0]
-        if min(sizes) < 1:
+        if min(sizes) < 1 or ("=" in text and not name.isidentifier()):
             raise EspalierError(
                 f"--input {text}: a shape is sizes joined by x, the batch first, like 1x3x32x32."
             )
