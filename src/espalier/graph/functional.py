@@ -177,4 +177,4 @@ def functionalize(graph: fx.Graph) -> None:
     """
     if any(is_in_place(node) for node in graph.nodes):
         _Functionalizer(graph).run()
-        drop_dead_code(graph)
+    drop_dead_code(graph)

@@ -6,7 +6,7 @@ and the names of its parameters.
 """
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -65,15 +65,30 @@ def calls(graph: fx.Graph, wanted: Mapping[str, nn.Module]) -> list[Call]:
 
 
 def boundary(call: Call) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Tensors that enter the call (parameters and buffers aside) and tensors of it that are read outside."""
+    """Tensors that enter the call (parameters and buffers aside) and what of it is read outside.
+
+    A size that the call computed from sizes alone is no output, though later layers may read it: it stays where
+    it is.
+    """
     inside = set(call.nodes)
     inputs: dict[fx.Node, None] = {}
     for node in call.nodes:
         for source in node.all_input_nodes:
             if source not in inside and source.op != "get_attr" and is_tensor(source):
                 inputs[source] = None
-    outputs = [n for n in call.nodes if any(user not in inside for user in n.users)]
-    return list(inputs), outputs
+    read = [n for n in call.nodes if any(user not in inside for user in n.users)]
+    return list(inputs), [n for n in read if is_tensor(n) or _rests_on_tensors(n, inside)]
+
+
+def _rests_on_tensors(size: fx.Node, inside: Collection[fx.Node]) -> bool:
+    pending = [size]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source in inside and is_tensor(source):
+                return True
+            if source in inside:
+                pending.append(source)
+    return False
 
 
 def _keeps_its_arguments(call: Call, module: nn.Module) -> bool:
@@ -172,6 +187,7 @@ def lift(graph: fx.Graph, model: nn.Module, signatures: Mapping[str, "torch.expo
     ``signatures`` maps call keys without their prefix (``"encoder.attn@1"``) to preserved signatures.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    del modules[""]  # a model that is itself a layer stays as its operators
     named = {n.name: n for n in graph.nodes}
     wanted = {name: m for name, m in modules.items() if isinstance(m, SIGNATURE_LAYERS)}
     for call in calls(graph, wanted) if wanted else ():

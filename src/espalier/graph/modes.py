@@ -14,6 +14,25 @@ from torch import fx, nn
 from espalier.graph.lift import Call, boundary, calls, collapse, is_tensor, stack_of
 
 
+# Layers of torch.nn that act differently in train mode.
+_MODAL = (
+    nn.modules.batchnorm._NormBase,
+    nn.modules.dropout._DropoutNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+)
+
+
+def needs_both_modes(model: nn.Module, graph: fx.Graph) -> bool:
+    """Whether the lifted ``graph`` may differ in train mode: by the model's own code, or by a layer left unlifted."""
+    if reads_training(model):
+        return True
+    modal = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _MODAL)}
+    left = (node for node in graph.nodes if node.op == "call_function" and is_tensor(node))
+    return any(path in modal for node in left for _, path in stack_of(node)[-1:])
+
+
 def reads_training(model: nn.Module) -> bool:
     """Whether any code of the model, its ``torch.nn`` layers aside, may depend on ``training``.
 
@@ -54,6 +73,11 @@ def _mentions_training(function: types.FunctionType, seen: set[types.CodeType]) 
     return any(_mentions_training(f, seen) for f in cells if f.__code__ not in seen)
 
 
+# Operators that change how a tensor lies in memory, not its values: one mode may need them where the other's
+# kernels (attention with and without dropout) return another layout.
+_LAYOUT = (torch.ops.aten.contiguous.default,)
+
+
 def merge(evaluated: fx.Graph, trained: fx.Graph, model: nn.Module) -> str:
     """Make ``trained`` obey train/eval, in place; return '' or the reason why the two cannot be merged."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -62,6 +86,7 @@ def merge(evaluated: fx.Graph, trained: fx.Graph, model: nn.Module) -> str:
         left, right = _compared(evaluated, set()), _compared(trained, only_trained)
         if [_signature(n) for n in left] == [_signature(n) for n in right]:
             pairs = list(zip(right, left, strict=True))
+            _keep_layouts(evaluated, trained, pairs)
             return _other_outputs(evaluated, trained) or _follow_training(trained, pairs, only_trained)
         if not _lift_what_differs(evaluated, trained, modules):
             break
@@ -70,7 +95,31 @@ def merge(evaluated: fx.Graph, trained: fx.Graph, model: nn.Module) -> str:
 
 
 def _compared(graph: fx.Graph, leave_out: set[fx.Node]) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op.startswith("call_") and is_tensor(n) and n not in leave_out]
+    return [
+        n
+        for n in graph.nodes
+        if n.op.startswith("call_") and is_tensor(n) and n not in leave_out and n.target not in _LAYOUT
+    ]
+
+
+def _beneath(node: fx.Node) -> fx.Node:
+    """The node whose values these are."""
+    while node.target in _LAYOUT:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _keep_layouts(evaluated: fx.Graph, trained: fx.Graph, pairs: list[tuple[fx.Node, fx.Node]]) -> None:
+    """Make contiguous in ``trained`` what is made contiguous in ``evaluated``."""
+    same = {other: node for node, other in pairs}
+    for node in evaluated.nodes:
+        source = same.get(_beneath(node)) if node.target in _LAYOUT else None
+        if source is None or any(user.target in _LAYOUT for user in source.users):
+            continue
+        with trained.inserting_after(source):
+            copy = trained.call_function(node.target, (source,))
+        copy.meta = dict(source.meta)
+        source.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
 
 
 def _signature(node: fx.Node) -> tuple[object, ...]:
@@ -152,7 +201,7 @@ def _follow_training(
     same |= dict(zip(_of(graph, "placeholder"), _of(pairs[0][1].graph, "placeholder"), strict=True)) if pairs else {}
 
     def counterpart(node: fx.Node) -> fx.Node | None:
-        while node in only_trained:
+        while node in only_trained or node.target in _LAYOUT:
             node = node.all_input_nodes[0]
         return same.get(node)
 
@@ -167,7 +216,7 @@ def _follow_training(
             if isinstance(a, fx.Node) and isinstance(b, fx.Node):
                 if not is_tensor(a) and not is_tensor(b):
                     continue  # a size, which both modes compute alike
-                if not (a.op == b.op == "get_attr" and a.target == b.target) and counterpart(a) is not b:
+                if not (a.op == b.op == "get_attr" and a.target == b.target) and counterpart(a) is not _beneath(b):
                     return f"the call of {node.target} reads another tensor in train mode"
             elif type(a) is not type(b) or a != b:
                 if isinstance(a, (fx.Node, torch.Tensor)) or isinstance(b, (fx.Node, torch.Tensor)):

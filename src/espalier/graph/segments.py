@@ -92,7 +92,7 @@ def segment_graph(trace: Trace) -> SegmentGraph:
     order = {node: i for i, node in enumerate(flow.vertices)}
     runs.sort(key=lambda run: order[run[0]])
     segment_of = {node: i for i, run in enumerate(runs) for node in run}
-    names = _unique([_name(run) for run in runs])
+    names = _unique([_name(run, flow) for run in runs])
     segments = []
     for index, run in enumerate(runs):
         first, last = run[0], run[-1]
@@ -119,6 +119,7 @@ class DataFlow:
     """Which node reads which tensor: the trace graph (V, E) without sizes, flags and the parameters' own nodes."""
 
     def __init__(self, trace: Trace):
+        self.model = trace.model
         canonical: dict[int, str] = {}
         self.names: dict[str, str] = {}
         for name, parameter in trace.model.named_parameters(remove_duplicate=False):
@@ -158,6 +159,12 @@ class DataFlow:
     def is_joint(self, node: fx.Node) -> bool:
         return node.target in JOINT and len(self.sources[node]) > 1
 
+    def owner(self, parameter: str) -> str:
+        """The path of the layer that holds the parameter; the parameter's own where that module holds others too."""
+        path = parameter.rpartition(".")[0]
+        leaf = path and not any(True for _ in self.model.get_submodule(path).children())
+        return path if leaf else parameter
+
     def starts(self, node: fx.Node) -> bool:
         return any(source.op == "placeholder" for source in self.sources[node])
 
@@ -172,9 +179,15 @@ class DataFlow:
         return run
 
 
-def _name(run: list[fx.Node]) -> str:
-    """``layer1.0.conv2-bn2``: the modules of the run, their common prefix once; operators where it has none."""
-    paths = [str(n.target) for n in run if n.op == "call_module"]
+def _name(run: list[fx.Node], flow: DataFlow) -> str:
+    """``layer1.0.conv2-bn2``: the modules of the run, their common prefix once; operators where it has none.
+
+    Where an operator reads a parameter itself, the layer that owns the parameter stands for it.
+    """
+    paths: list[str] = []
+    for node in run:
+        owners = [str(node.target)] if node.op == "call_module" else map(flow.owner, flow.parameters[node])
+        paths += [owner for owner in owners if owner not in paths[-1:]]
     if not paths:
         return "-".join(node.name for node in run)
     split = [path.split(".") for path in paths]

@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from espalier.errors import TraceError
 from espalier.graph.functional import functionalize
 from espalier.graph.lift import SIGNATURE_LAYERS, lift
+from espalier.graph.modes import merge, needs_both_modes
 from espalier.graph.module import graph_module
-from espalier.graph.modes import merge, reads_training
 from espalier.graph.source import where_raised
 
 
@@ -68,11 +68,16 @@ def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mappin
     with _quiet(), _restored_modes(model):
         evaluated, signatures, codegen = _exported(model, args, kwargs, training=False, notes=notes)
         graph = evaluated
-        if reads_training(model):
+        if needs_both_modes(model, evaluated):
             graph = _both_modes(model, args, kwargs, evaluated, notes)
     graph.set_codegen(codegen)
     _drop_unused(graph)
-    return Trace(model, graph_module(root_for(model, graph), graph, type(model).__name__), args, kwargs, tuple(notes))
+    traced = graph_module(root_for(model, graph), graph, type(model).__name__)
+    own = {id(module) for module in model.modules()}
+    for module in traced.modules():
+        if id(module) not in own:
+            module.training = model.training
+    return Trace(model, traced, args, kwargs, tuple(notes))
 
 
 def _both_modes(
@@ -234,9 +239,9 @@ def _own_constants(model: nn.Module, module: fx.GraphModule) -> None:
 def root_for(model: nn.Module, graph: fx.Graph) -> nn.Module:
     """What ``graph`` reads of ``model``, and the constants that the export added, under one roof."""
     root = nn.Module()
-    for node in graph.nodes:
-        if node.op not in ("get_attr", "call_module") or node.target == "training":
-            continue
+    reads = [n for n in graph.nodes if n.op in ("get_attr", "call_module") and n.target != "training"]
+    # Called modules first, outer ones before inner ones: a parameter of theirs is then found in place.
+    for node in sorted(reads, key=lambda n: (n.op != "call_module", n.target.count("."))):
         constant = node.meta.get("constant")
         value = operator.attrgetter(node.target)(model) if constant is None else constant
         _place(root, model, node.target, value)
