@@ -112,6 +112,9 @@ def run(demo: Demo, console: Console) -> bool:
         segment_figure(space, solution.removed, "Redundant structures"),
         trace_figure(traced, "Constructed sub-network"),
     ]
+    note = "The full network is that of the same training, its removed structures at zero."
+    if demo.reference:
+        note = "The full network was trained plainly, from the same weights with the same steps."
     report = Report(
         title="DemoNet on handwritten digits",
         lead=_lead(demo, networks, len(solution.removed), len(space)),
@@ -119,6 +122,7 @@ def run(demo: Demo, console: Console) -> bool:
         captions=_CAPTIONS,
         summary=space.summary(),
         networks=networks,
+        networks_note=note,
         checks=checks,
         saliency=opt.saliency_scores(),
         removed=solution.removed,
@@ -133,7 +137,7 @@ def run(demo: Demo, console: Console) -> bool:
     write_text(
         demo.out / "networks.svg", draw_beside(panels, "DemoNet: segments, redundant structures, sub-network")
     )
-    console.print("", results_table(networks), "", checks_table(checks), "")
+    console.print("", results_table(networks), note, "", checks_table(checks), "")
     console.print(f"Removed: {', '.join(solution.removed)}")
     names = ("report.html", "networks.svg", "small.espalier", "small.onnx")
     console.print(

@@ -151,7 +151,7 @@ def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
     """Round numbers from ``low`` to ``high``.
 
     >>> ticks(0, 100, 4)
-    [0.0, 50.0, 100.0]
+    [0, 50, 100]
     """
     raw = (high - low) / wanted
     if raw <= 0 or not math.isfinite(raw):

@@ -33,6 +33,7 @@ class Report:
     captions: Sequence[str] = ()
     summary: Summary | None = None
     networks: Mapping[str, Measurement] = field(default_factory=dict)
+    networks_note: str = ""
     checks: Sequence[Check] = ()
     saliency: Mapping[str, float] = field(default_factory=dict)
     removed: Sequence[str] = ()
@@ -74,7 +75,8 @@ class Report:
             names = list(self.networks)
             rows = [[escape(r.name), r.before, r.after, r.change] for r in before_and_after(self.networks)]
             table = _table(["", *map(escape, names), "change"], rows, numbers=(1, 2, 3))
-            parts.append(f"<section><h2>Before and after</h2>{table}</section>")
+            note = f"<p class='muted'>{escape(self.networks_note)}</p>" if self.networks_note else ""
+            parts.append(f"<section><h2>Before and after</h2>{note}{table}</section>")
         if self.checks:
             words = "All hold. " if all(check.passed for check in self.checks) else "<b>Some fail.</b> "
             words += "What the sub-network leaves out was exactly zero; only the order of sums can differ."
