@@ -62,7 +62,8 @@ class RandomNet(nn.Module):
         self.program = program
         self.layers = nn.ModuleDict()
         self.scales = nn.ParameterDict()
-        self.shared = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+        if any(step.kind == "shared" for step in program.steps):
+            self.shared = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
         for i, step in enumerate(program.steps):
             layer = _layer(step.kind)
             if layer is not None:

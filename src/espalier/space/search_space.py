@@ -153,7 +153,10 @@ class SearchSpace:
         return chosen
 
     def cost(self, removed: Iterable[str] = ()) -> Cost:
-        """Parameters and MACs of the sub-network without these structures, as ``construct`` would build it."""
+        """Parameters and MACs of the sub-network without these structures, as ``construct`` would build it.
+
+        Counted is what the forward pass in eval mode uses; heads that only training uses are left out.
+        """
         network = self.trace.graph_module
         names = list(removed)
         if names:
