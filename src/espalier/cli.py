@@ -19,11 +19,11 @@ class Inspect:
     """Print and draw the search space of a model."""
 
     factory: Annotated[str, tyro.conf.Positional]
-    """package.module:name of a function (without arguments) or class that makes the model, or of the model itself.
-    The current directory is importable."""
+    """package.module:name of a function or class that makes the model without arguments, or of the model
+    itself. The current directory is importable."""
     input: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """Shape of an example input, the batch first: 1x3x32x32. Give the option once per input. A type follows a colon
-    (1x16:int64), and a keyword argument's name precedes an equals sign (mask=1x16:bool)."""
+    """Shape of an example input, the batch first: 1x3x32x32. Give the option once per input. A type follows
+    a colon (1x16:int64), and a keyword argument's name precedes an equals sign (mask=1x16:bool)."""
     levels: tuple[str, ...] = ("segment",)
     """What may be removed."""
     keep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -41,7 +41,7 @@ Command = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status: 0, 1 (a check failed), 2 (an error to mend), 130 (interrupted)."""
+    """Run the command line. Exit status: 0, 1 (a check failed), 2 (an error), 130 (interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console(highlight=False)
     if arguments in (["--version"], ["-V"]):
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if isinstance(command, Demo):
             return 0 if run(command, console) else 1
-        from espalier.report.inspect import inspect
+        from espalier.report.inspection import inspect
 
         inspect(
             command.factory, command.input, command.levels, command.keep, command.out, command.svg, console

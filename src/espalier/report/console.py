@@ -11,11 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from espalier.report.operators import quantity
-from espalier.report.results import Check, History, Measurement, Step
+from espalier.report.results import PHASES, Check, History, Measurement, Step
 from espalier.report.tables import before_and_after, check_rows
 from espalier.space.summary import Summary
-
-_PHASES = {"warmup": "warm-up", "hybrid": "half-space steps", "done": "final training"}
 
 
 def space_table(summary: Summary, limit: int | None = None) -> Table:
@@ -106,13 +104,13 @@ class LiveTraining:
         if step.accuracy is not None:
             self._accuracy = step.accuracy
         if self.console.is_terminal:
-            self._bar.update(self._task, completed=step.step, description=_PHASES.get(step.phase, step.phase))
+            self._bar.update(self._task, completed=step.step, description=PHASES.get(step.phase, step.phase))
             self._live.update(Group(self._bar, self._words(step)))
         elif step.accuracy is not None:
             seconds = time.perf_counter() - self._started
             self.console.print(
-                f"{_PHASES.get(step.phase, step.phase):<17} step {step.step:>5}  {self._words(step).plain.strip()}  "
-                f"{seconds:5.1f} s",
+                f"{PHASES.get(step.phase, step.phase):<17} step {step.step:>5}  "
+                f"{self._words(step).plain.strip()}  {seconds:5.1f} s",
                 soft_wrap=True,
             )
 
@@ -122,5 +120,6 @@ class LiveTraining:
         return Text.assemble(
             ("loss ", "dim"), f"{step.loss:.4f}", ("   validation accuracy ", "dim"), accuracy,
             ("   lr ", "dim"), f"{step.lr:.4f}",
-            ("   zero structures ", "dim"), (f"{step.zero}/{self.history.target}", "bold green" if done else "bold"),
+            ("   zero structures ", "dim"),
+            (f"{step.zero}/{self.history.target}", "bold green" if done else "bold"),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""x coordinates of a layered drawing: Brandes and Köpf, "Fast and simple horizontal coordinate assignment", 2001.
+"""x coordinates of a layered drawing, after Brandes and Köpf (2001).
 
 Vertices are aligned with their median neighbour into vertical blocks, four times (from above and below, from
 the left and the right); each time blocks are packed by longest paths, and the mean of the two middle results
@@ -6,6 +6,7 @@ is taken. Long edges come out straight, and no two boxes of one layer overlap.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 _Pair = tuple[int, int]
 _KINK = 16.0
@@ -55,7 +56,7 @@ def _conflicts(
 ) -> set[_Pair]:
     """Edges that cross a long edge's inner part: the long one is to stay straight."""
     found: set[_Pair] = set()
-    for upper, lower in zip(order, order[1:], strict=False):
+    for upper, lower in pairwise(order):
         position = {v: i for i, v in enumerate(upper)}
         left = start = 0
         for i, v in enumerate(lower):
@@ -97,7 +98,7 @@ def _pack(
     right_of: dict[int, dict[int, float]] = {}
     left_of: dict[int, dict[int, float]] = {}
     for row in rows:
-        for u, v in zip(row, row[1:], strict=False):
+        for u, v in pairwise(row):
             a, b = root[u], root[v]
             space = max(room(u, v), right_of.get(a, {}).get(b, 0.0))
             right_of.setdefault(a, {})[b] = space
@@ -147,7 +148,7 @@ def _snap(
     xs: list[float],
     room: Callable[[int, int], float],
 ) -> None:
-    """Take small kinks out: move a vertex right below its middle predecessor where that lies close and is free."""
+    """Take small kinks out: a vertex moves below its middle predecessor where that is near and free."""
     for row in order[1:]:
         for i, v in enumerate(row):
             near = sorted(xs[u] for u in above[v])

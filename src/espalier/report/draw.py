@@ -1,21 +1,24 @@
 """Figures as SVG, by this program alone."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from torch import nn
 
 from espalier.graph.trace import Trace
-from espalier.report.figures import Figure, Vertex, network_figure, segment_figure, trace_figure
+from espalier.report.figures import Figure, Vertex, network_figure, trace_figure
 from espalier.report.layout import Layout, Point, layout
 from espalier.report.operators import KINDS
+from espalier.report.segment_figures import segment_figure
 from espalier.report.style import FONT, drawing_style
 from espalier.report.text import shorten, text_width
 from espalier.space.search_space import SearchSpace
 
 _MARGIN = 22.0
 _RADIUS = 17.0
+_APART = 40.0
+_CAPTION = 34.0
 _STATUS = {"candidate": "removable structure", "removed": "redundant: removed", "idle": "no longer needed"}
 
 
@@ -31,7 +34,7 @@ def draw_trace(traced: Trace) -> str:
 
 
 def draw_segments(space: SearchSpace, removed: Iterable[str] = ()) -> str:
-    """The segment graph as SVG text: removable structures highlighted, those in ``removed`` dotted and red."""
+    """The segment graph as SVG text: structures highlighted, those in ``removed`` dotted and red."""
     return draw(segment_figure(space, removed))
 
 
@@ -42,29 +45,51 @@ def draw_network(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 def draw(figure: Figure, *, legend: bool = True, style: bool = True) -> str:
     """A figure as one ``<svg>`` element; ``style=False`` leaves the styles to the page around it."""
-    sizes = [_size(vertex) for vertex in figure.vertices]
-    laid = layout(sizes, figure.edges)
-    key, key_width, key_height = _legend(figure) if legend else ("", 0.0, 0.0)
-    width = max(laid.width, key_width) + 2 * _MARGIN
-    height = laid.height + key_height + 2 * _MARGIN
-    shift = (width - laid.width) / 2
-    parts = [
+    body, width, height = _body(figure)
+    key, key_width, key_height = _legend([figure], 620) if legend else ("", 0.0, 0.0)
+    full = max(width, key_width)
+    inside = f"{key}{_moved(body, (full - width) / 2, key_height)}"
+    return _svg(inside, full, height + key_height, figure.title, style)
+
+
+def draw_beside(figures: Sequence[Figure], title: str) -> str:
+    """Several figures in a row, each below its own title, with one legend."""
+    bodies = [_body(figure) for figure in figures]
+    width, height = sum(w for _, w, _ in bodies) + _APART * (len(bodies) - 1), max(h for _, _, h in bodies)
+    key, key_width, key_height = _legend(figures, width)
+    parts = [_moved(key, (width - key_width) / 2, height + _CAPTION + 24)]
+    x = 0.0
+    for figure, (body, own, _) in zip(figures, bodies, strict=True):
+        words = escape(figure.title)
+        caption = f'<text class="es-caption" text-anchor="middle" x="{own / 2:.1f}" y="14">{words}</text>'
+        parts.append(_moved(caption + _moved(body, 0, _CAPTION), x, 0))
+        x += own + _APART
+    return _svg("".join(parts), width, height + key_height + _CAPTION + 10, title, style=True)
+
+
+def _svg(inside: str, width: float, height: float, title: str, style: bool) -> str:
+    width, height = width + 2 * _MARGIN, height + 2 * _MARGIN
+    paper = f'<rect class="es-paper" width="{width:.0f}" height="{height:.0f}"/>'
+    return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="es" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'width="{width:.0f}" height="{height:.0f}" role="img" aria-label="{escape(figure.title)}" '
-        f'font-family="{escape(FONT)}">',
-        f"<title>{escape(figure.title)}</title>",
-    ]
-    if style:
-        parts.append(f"<style>{drawing_style()}</style>")
-        parts.append(f'<rect class="es-paper" width="{width:.0f}" height="{height:.0f}"/>')
-    parts += [key, f'<g transform="translate({shift:.1f} {_MARGIN + key_height:.1f})">']
-    parts += _edges(figure, laid)
-    parts += [
-        _vertex(vertex, centre, size)
-        for vertex, centre, size in zip(figure.vertices, laid.centres, sizes, strict=True)
-    ]
-    parts.append("</g></svg>")
-    return "\n".join(part for part in parts if part)
+        f'width="{width:.0f}" height="{height:.0f}" role="img" aria-label="{escape(title)}" '
+        f'font-family="{escape(FONT)}"><title>{escape(title)}</title>'
+        + (f"<style>{drawing_style()}</style>{paper}" if style else "")
+        + f"{_moved(inside, _MARGIN, _MARGIN)}</svg>"
+    )
+
+
+def _moved(inside: str, x: float, y: float) -> str:
+    return f'<g transform="translate({x:.1f} {y:.1f})">{inside}</g>'
+
+
+def _body(figure: Figure) -> tuple[str, float, float]:
+    """The figure alone: (SVG, width, height)."""
+    sizes = [_size(vertex) for vertex in figure.vertices]
+    laid = layout(sizes, figure.edges, gap_y=26.0)
+    boxes = zip(figure.vertices, laid.centres, sizes, strict=True)
+    parts = [*_edges(figure, laid), *(_vertex(vertex, centre, size) for vertex, centre, size in boxes)]
+    return "\n".join(parts), laid.width, laid.height
 
 
 def _size(vertex: Vertex) -> Point:
@@ -102,7 +127,7 @@ def _spread(figure: Figure, laid: Layout) -> dict[tuple[int, int], tuple[Point, 
     routes = dict(laid.routes)
     for v, edges in entering.items():
         edges.sort(key=lambda edge: laid.routes[edge][-2][0])
-        step = min(10.0, 22.0 / max(len(edges) - 1, 1))
+        step = min(13.0, 24.0 / max(len(edges) - 1, 1))
         for i, edge in enumerate(edges):
             points = routes[edge]
             x, y = points[-1]
@@ -145,7 +170,7 @@ def _vertex(vertex: Vertex, centre: Point, size: Point) -> str:
         )
     elif vertex.form == "pill":
         parts.append(
-            f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{height / 2}"/>'
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="14"/>'
         )
         parts.append(
             f'<text class="es-head" text-anchor="middle" x="{x:.1f}" y="{y + 4.3:.1f}">{escape(vertex.title)}'
@@ -159,7 +184,8 @@ def _vertex(vertex: Vertex, centre: Point, size: Point) -> str:
             f'<text class="es-head" text-anchor="middle" x="{x:.1f}" y="{top + 18:.1f}">{title}{note}</text>'
         )
         parts.append(
-            f'<text class="es-detail" text-anchor="middle" x="{x:.1f}" y="{top + 33:.1f}">{escape(vertex.detail)}</text>'
+            f'<text class="es-detail" text-anchor="middle" x="{x:.1f}" y="{top + 33:.1f}">'
+            f"{escape(vertex.detail)}</text>"
         )
         parts += _strip(vertex.strip, x, top + 40)
     parts.append("</g>")
@@ -176,22 +202,23 @@ def _strip(kinds: tuple[str, ...], x: float, y: float) -> list[str]:
     ]
 
 
-def _legend(figure: Figure) -> tuple[str, float, float]:
+def _legend(figures: Sequence[Figure], limit: float) -> tuple[str, float, float]:
     """What the colours mean, of those that occur: (SVG, width, height)."""
-    used = {vertex.kind for vertex in figure.vertices} | {k for v in figure.vertices for k in v.strip}
-    entries = [(f"k-{kind}", "es-swatch", words) for kind, words in KINDS.items() if kind in used]
-    statuses = {vertex.status for vertex in figure.vertices}
-    entries += [(f"es-{s}", "es-swatch", words) for s, words in _STATUS.items() if s in statuses]
-    parts, x, y, widest = ['<g class="es-legend">'], _MARGIN, 14.0, 0.0
-    for kind, form, words in entries:
-        step = 24 + text_width(words, 11) + 14
-        if x > _MARGIN and x + step > 620:
-            x, y = _MARGIN, y + 20
+    vertices = [vertex for figure in figures for vertex in figure.vertices]
+    used = {vertex.kind for vertex in vertices} | {kind for vertex in vertices for kind in vertex.strip}
+    statuses = {vertex.status for vertex in vertices}
+    entries = [(f"k-{kind}", words) for kind, words in KINDS.items() if kind in used]
+    entries += [(f"es-{status}", words) for status, words in _STATUS.items() if status in statuses]
+    parts, x, y, widest = ['<g class="es-legend">'], 0.0, 0.0, 0.0
+    for classes, words in entries:
+        step = 36 + text_width(words, 11)
+        if x > 0 and x + step > limit:
+            x, y = 0.0, y + 20
         parts.append(
-            f'<g class="es-node {kind}"><rect class="{form}" x="{x:.1f}" y="{y:.1f}" width="16" height="11" rx="3"/></g>'
+            f'<g class="es-node {classes}"><rect x="{x:.1f}" y="{y:.1f}" width="16" height="11" rx="3"/></g>'
         )
         parts.append(f'<text x="{x + 22:.1f}" y="{y + 9.5:.1f}">{escape(words)}</text>')
         x += step
-        widest = max(widest, x - _MARGIN)
+        widest = max(widest, x)
     parts.append("</g>")
-    return "".join(parts), widest, y + 8 if entries else 0.0
+    return "".join(parts), widest, y + 32 if entries else 0.0

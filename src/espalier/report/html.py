@@ -23,8 +23,8 @@ from espalier.space.summary import Summary
 class Report:
     """What the page shows; each part is left out where it is empty.
 
-    ``networks`` maps the names of two networks (before, after) to their measurements, ``figures`` are drawn in
-    their order, ``saliency`` maps structures to scores and ``removed`` names those that went.
+    ``networks`` maps the names of two networks (before, after) to their measurements, ``figures`` are drawn
+    in their order, ``saliency`` maps structures to scores and ``removed`` names those that went.
     """
 
     title: str
@@ -33,6 +33,7 @@ class Report:
     captions: Sequence[str] = ()
     summary: Summary | None = None
     networks: Mapping[str, Measurement] = field(default_factory=dict)
+    networks_note: str = ""
     checks: Sequence[Check] = ()
     saliency: Mapping[str, float] = field(default_factory=dict)
     removed: Sequence[str] = ()
@@ -41,10 +42,13 @@ class Report:
     def html(self) -> str:
         """The page."""
         body = [self._head(), self._results(), self._drawings(), self._training(), self._space(), _footer()]
-        style = variables() + drawing_rules() + files(__package__).joinpath("page.css").read_text("utf-8")
-        script = files(__package__).joinpath("page.js").read_text("utf-8")
+        style = (
+            variables() + drawing_rules() + files("espalier.report").joinpath("page.css").read_text("utf-8")
+        )
+        script = files("espalier.report").joinpath("page.js").read_text("utf-8")
         return (
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>'
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f"<title>{escape(self.title)}</title>"
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<style>{style}body{{font-family:{FONT}}}</style></head>\n<body><main>\n"
             + "\n".join(part for part in body if part)
@@ -71,17 +75,13 @@ class Report:
             names = list(self.networks)
             rows = [[escape(r.name), r.before, r.after, r.change] for r in before_and_after(self.networks)]
             table = _table(["", *map(escape, names), "change"], rows, numbers=(1, 2, 3))
-            parts.append(f"<section><h2>Before and after</h2>{table}</section>")
+            note = f"<p class='muted'>{escape(self.networks_note)}</p>" if self.networks_note else ""
+            parts.append(f"<section><h2>Before and after</h2>{note}{table}</section>")
         if self.checks:
-            passed = all(c.passed for c in self.checks)
-            words = "All hold." if passed else "<b>Some fail.</b>"
+            words = "All hold. " if all(check.passed for check in self.checks) else "<b>Some fail.</b> "
+            words += "What the sub-network leaves out was exactly zero; only the order of sums can differ."
             rows = [
-                [
-                    f"{escape(name)}<br><span class='muted'>{escape(detail)}</span>",
-                    found,
-                    allowed,
-                    _badge(good),
-                ]
+                [f'<span title="{escape(detail)}">{escape(name)}</span>', found, allowed, _badge(good)]
                 for name, detail, found, allowed, good in check_rows(self.checks)
             ]
             table = _table(["outputs compared", "max |difference|", "allowed", ""], rows, numbers=(1, 2))
@@ -91,11 +91,12 @@ class Report:
     def _drawings(self) -> str:
         captions = [*self.captions, *[""] * len(self.figures)]
         drawn = "".join(
-            f'<figure data-drawing><figcaption><b>{escape(figure.title)}</b><span class="muted">{escape(caption)}</span>'
+            f"<figure data-drawing><figcaption><b>{escape(figure.title)}</b>"
+            f'<span class="muted">{escape(caption)}</span>'
             '<button data-do="in" title="closer" aria-label="closer">+</button>'
             '<button data-do="out" title="farther" aria-label="farther">−</button>'
-            '<button data-do="fit" title="fit (double click)" aria-label="fit">⤢</button>'
-            '<button data-do="full" title="full screen" aria-label="full screen">⛶</button></figcaption>'
+            '<button data-do="fit" title="fit (double click)" aria-label="fit">fit</button>'
+            '<button data-do="full" title="full screen" aria-label="full screen">full</button></figcaption>'
             f'<div class="view">{draw(figure, style=False)}</div></figure>'
             for figure, caption in zip(self.figures, captions, strict=False)
         )
@@ -106,13 +107,16 @@ class Report:
         if self.saliency:
             key = '<div class="key"><span><i></i>stays</span><span><i class="gone"></i>removed</span></div>'
             parts.append(
-                "<section><h2>Saliency per structure</h2><p class='muted'>Lowest first. A structure whose removal would "
-                f"cut the network apart stays, whatever its score.</p>{key}{saliency_chart(self.saliency, self.removed)}</section>"
+                "<section><h2>Saliency per structure</h2>"
+                "<p class='muted'>Lowest first. A structure whose removal "
+                "would cut the network apart stays, whatever its score.</p>"
+                f"{key}{saliency_chart(self.saliency, self.removed)}</section>"
             )
         if self.history is not None and self.history.steps:
             parts.append(
-                "<section><h2>Training</h2><p class='muted'>One run; the redundant structures reach zero in the shaded "
-                f"phase.</p>{training_chart(self.history)}</section>"
+                "<section><h2>Training</h2>"
+                "<p class='muted'>One run; the redundant structures reach zero in the "
+                f"shaded phase.</p>{training_chart(self.history)}</section>"
             )
         return f'<div class="pair">{"".join(parts)}</div>' if parts else ""
 
@@ -167,13 +171,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
         )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    top = f"<thead><tr>{line(head, 'th')}</tr></thead>"
+    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
 def _footer() -> str:
     from espalier import __version__
 
     return (
-        f"<footer>espalier {__version__} · torch {escape(torch.__version__)} · Python {platform.python_version()} · "
-        f"{torch.get_num_threads()} threads</footer>"
+        f"<footer>espalier {__version__} · torch {escape(torch.__version__)} · "
+        f"Python {platform.python_version()} · {torch.get_num_threads()} threads</footer>"
     )

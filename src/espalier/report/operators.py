@@ -25,21 +25,24 @@ _LAYERS = {
     "conv": "weight", "linear": "weight", "sparse": "weight", "rnn": "weight",
     "batchnorm": "norm", "normalization": "norm", "instancenorm": "norm",
     "activation": "activation", "dropout": "other", "pooling": "pool", "upsampling": "pool",
-    "flatten": "shape", "pixelshuffle": "shape", "padding": "shape", "fold": "shape", "channelshuffle": "shape",
+    "flatten": "shape", "pixelshuffle": "shape", "padding": "shape", "fold": "shape",
+    "channelshuffle": "shape",
 }  # fmt: skip
 
 # Name of an ATen operator → kind.
 _OPERATORS = {
-    "weight": "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear mm bmm matmul addmm "
-    "baddbmm einsum embedding",
+    "weight": "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear mm bmm matmul "
+    "addmm baddbmm einsum embedding",
     "norm": "batch_norm layer_norm group_norm instance_norm rms_norm normalize linalg_vector_norm",
-    "activation": "relu relu6 gelu silu sigmoid tanh softmax log_softmax leaky_relu elu selu celu mish hardtanh "
-    "hardswish hardsigmoid softplus prelu glu threshold",
-    "pool": "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d mean amax sum max "
-    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d interpolate",
+    "activation": "relu relu6 gelu silu sigmoid tanh softmax log_softmax leaky_relu elu selu celu mish "
+    "hardtanh hardswish hardsigmoid softplus prelu glu threshold",
+    "pool": "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d mean amax "
+    "sum max adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d "
+    "upsample_nearest2d upsample_bilinear2d interpolate",
     "attention": "scaled_dot_product_attention",
-    "shape": "view reshape permute transpose t flatten unflatten squeeze unsqueeze expand slice select chunk split "
-    "split_with_sizes getitem contiguous clone pad roll unfold pixel_shuffle index movedim repeat unbind narrow",
+    "shape": "view reshape permute transpose t flatten unflatten squeeze unsqueeze expand slice select chunk "
+    "split split_with_sizes getitem contiguous clone pad roll unfold pixel_shuffle index movedim "
+    "repeat unbind narrow",
 }
 _KIND_OF = {name: kind for kind, names in _OPERATORS.items() for name in names.split()}
 

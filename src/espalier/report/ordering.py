@@ -2,6 +2,7 @@
 
 from bisect import bisect_right, insort
 from collections.abc import Sequence
+from itertools import pairwise
 
 _SWEEPS = 24
 _PATIENCE = 4
@@ -98,7 +99,7 @@ def _between(left: Sequence[int], right: Sequence[int]) -> int:
 
 def _crossings(order: Sequence[Sequence[int]], below: dict[int, list[int]]) -> int:
     total = 0
-    for upper, lower in zip(order, order[1:], strict=False):
+    for upper, lower in pairwise(order):
         position = {v: i for i, v in enumerate(lower)}
         ends: list[int] = []
         for u in upper:

@@ -15,7 +15,7 @@ for (const figure of document.querySelectorAll("figure[data-drawing]")) {
   };
   const whole = () => Math.min(view.clientWidth / width, view.clientHeight / height);
   const fit = () => centre(Math.min(whole(), 1.6), false);
-  const open = () => (whole() > 0.55 ? fit() : centre(Math.max(Math.min(view.clientWidth / width, 1), 0.55), true));
+  const open = () => (whole() > 0.4 ? fit() : centre(Math.max(Math.min(view.clientWidth / width, 1), 0.5), true));
   const zoom = (factor, px = view.clientWidth / 2, py = view.clientHeight / 2) => {
     const next = Math.min(Math.max(scale * factor, 0.02), 8);
     x += px / scale - px / next;

@@ -12,10 +12,12 @@ from torch.utils.benchmark import Timer
 
 from espalier.space.cost import measure
 
+PHASES: Mapping[str, str] = {"warmup": "warm-up", "hybrid": "half-space steps", "done": "final training"}
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """One network: parameters, MACs per example, median latency in seconds of one batch, accuracy in 0 … 1."""
+    """One network: parameters, MACs per example, median seconds of one batch, accuracy in 0 … 1."""
 
     params: int
     macs: int
@@ -26,7 +28,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was proven: ``difference`` is the largest absolute one found, at most ``bound`` passes."""
+    """One thing that was proven: ``difference`` is the largest one found; up to ``bound`` it passes."""
 
     name: str
     difference: float
@@ -40,7 +42,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Step:
-    """The state after one training step; ``accuracy`` (of the validation data) where it was measured."""
+    """The state after one training step.
+
+    ``accuracy`` (of the validation data) where it was measured; ``norm`` of the redundant structures,
+    relative to that when they were marked, from then on.
+    """
 
     step: int
     phase: str
@@ -48,11 +54,12 @@ class Step:
     lr: float
     zero: int
     accuracy: float | None = None
+    norm: float | None = None
 
 
 @dataclass
 class History:
-    """The course of a training. ``structures`` is the number that can be removed, ``target`` that shall be."""
+    """The course of a training. ``structures`` can be removed, ``target`` of them shall be."""
 
     structures: int
     target: int
@@ -79,7 +86,7 @@ def latencies(
     rounds: int = 5,
     seconds: float = 0.1,
 ) -> dict[str, float]:
-    """Median seconds of one evaluation of each network, measured in turns so that all meet the same machine."""
+    """Median seconds of one evaluation of each network, in turns, so that all meet the same machine."""
     times: dict[str, list[float]] = {name: [] for name in networks}
     modes = [(m, m.training) for network in networks.values() for m in network.modules()]
     try:

@@ -1,5 +1,7 @@
 """Colours of drawings and charts, for light and dark pages."""
 
+from importlib.resources import files
+
 FONT = "Inter, 'Segoe UI', system-ui, -apple-system, 'Helvetica Neue', Arial, sans-serif"
 
 # (light fill, light line, dark fill, dark line)
@@ -18,18 +20,20 @@ _KINDS = {
 
 _LIGHT = {
     "paper": "#ffffff", "ink": "#0f172a", "muted": "#5b6b80", "line": "#94a3b8", "edge": "#8796aa",
-    "grid": "#e6ebf1", "accent": "#1d8348", "accent-fill": "#eefaf2", "red": "#d1293d", "red-fill": "#fdf0f1", "card": "#f7f9fb",
+    "grid": "#e6ebf1", "accent": "#1d8348", "accent-fill": "#eefaf2",
+    "red": "#d1293d", "red-fill": "#fdf0f1", "card": "#f7f9fb",
     "blue": "#3b74d6", "io-text": "#ffffff", "idle": "#b6c1ce",
 }  # fmt: skip
 _DARK = {
     "paper": "#111827", "ink": "#e8edf4", "muted": "#9aa8bb", "line": "#475569", "edge": "#64748b",
-    "grid": "#273244", "accent": "#4ade80", "accent-fill": "#14291f", "red": "#ff6b7d", "red-fill": "#3a1a22", "card": "#182132",
+    "grid": "#273244", "accent": "#4ade80", "accent-fill": "#14291f",
+    "red": "#ff6b7d", "red-fill": "#3a1a22", "card": "#182132",
     "blue": "#6c9df0", "io-text": "#0f172a", "idle": "#45536a",
 }  # fmt: skip
 
 
 def variables() -> str:
-    """The custom properties ``--es-…`` of both schemes; ``data-theme`` on the root element overrides the system's."""
+    """The custom properties ``--es-…`` of the light scheme and, where the system asks for it, the dark."""
 
     def block(dark: bool) -> str:
         names = _DARK if dark else _LIGHT
@@ -45,41 +49,9 @@ def variables() -> str:
 def drawing_rules() -> str:
     """How the parts of a drawing look, given :func:`variables`."""
     kinds = "".join(f".k-{k}{{--fill:var(--es-{k});--stroke:var(--es-{k}-line)}}" for k in _KINDS)
-    return kinds + _RULES
+    return kinds + files("espalier.report").joinpath("drawing.css").read_text("utf-8")
 
 
 def drawing_style() -> str:
     """Everything that a drawing on its own needs."""
     return variables() + drawing_rules()
-
-
-_RULES = """
-.es-paper{fill:var(--es-paper)}
-.es text{fill:var(--es-ink);font-size:12.5px}
-.es .es-node rect,.es .es-node circle{fill:var(--fill);stroke:var(--stroke);stroke-width:1.2}
-.es .es-head{font-weight:600}
-.es .es-note{font-weight:400;font-size:11px;fill:var(--es-muted)}
-.es .es-detail,.es .es-side{font-size:10.5px;fill:var(--es-muted)}
-.es .es-side{paint-order:stroke;stroke:var(--es-paper);stroke-width:4px;stroke-linejoin:round}
-.es .es-circle circle{stroke-width:1.8}
-.es .es-glyph{font-size:17px;text-anchor:middle;font-weight:500}
-.es .es-pill text,.es .es-pill .es-note{fill:var(--es-io-text)}
-.es .es-pill .es-note{opacity:.75}
-.es .es-node .es-tile{fill:var(--stroke);stroke:none}
-.es .es-candidate>rect:not(.es-tile){fill:var(--es-accent-fill);stroke:var(--es-accent);stroke-width:2.2}
-.es .es-removed>rect:not(.es-tile),.es .es-removed>circle{fill:var(--es-red-fill);stroke:var(--es-red);stroke-width:2;stroke-dasharray:1.5 4;stroke-linecap:round}
-.es .es-removed text{fill:var(--es-red)}
-.es .es-removed .es-tile{opacity:.45}
-.es .es-idle>rect:not(.es-tile),.es .es-idle>circle{fill:none;stroke:var(--es-idle);stroke-dasharray:1.5 4;stroke-linecap:round}
-.es .es-idle text{fill:var(--es-idle)}
-.es .es-idle .es-tile{opacity:.3}
-.es .es-edge path{fill:none;stroke:var(--es-edge);stroke-width:1.4}
-.es .es-edge .es-tip{fill:var(--es-edge);stroke:none}
-.es .es-edge.es-removed path{stroke:var(--es-red);stroke-dasharray:1.5 4;stroke-linecap:round}
-.es .es-edge.es-removed .es-tip{fill:var(--es-red)}
-.es .es-edge.es-idle path{stroke:var(--es-idle);stroke-dasharray:1.5 4}
-.es .es-edge.es-idle .es-tip{fill:var(--es-idle)}
-.es .es-legend text{font-size:11px;fill:var(--es-muted)}
-.es .es-legend .es-swatch{stroke-width:1.4}
-.es .es-node:hover>rect:not(.es-tile),.es .es-node:hover>circle{filter:brightness(.96) drop-shadow(0 1px 3px rgb(0 0 0/.25))}
-"""

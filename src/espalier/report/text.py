@@ -14,12 +14,18 @@ def text_width(text: str, size: float, bold: bool = False) -> float:
 
 
 def shorten(text: str, limit: int = 34) -> str:
-    """The text, its middle left out where it is long.
+    """The text, with its least telling parts left out where it is long.
 
+    >>> shorten("block1.layer2.norm1-relu1-conv1-norm2-conv2", 30)
+    'block1.layer2.norm1…conv2'
     >>> shorten("features.denseblock3.denselayer12.conv1", 20)
-    'features.d…r12.conv1'
+    '…denselayer12.conv1'
     """
     if len(text) <= limit:
         return text
-    half = (limit - 1) // 2
-    return f"{text[: limit - 1 - half]}…{text[-half:]}"
+    first, *others = text.split("-")
+    text = f"{first}…{others[-1]}" if others else text
+    while len(text) > limit:
+        parent, dot, rest = text.removeprefix("…").partition(".")
+        text = f"…{rest}" if dot and parent else f"{text[: limit - 1]}…"
+    return text

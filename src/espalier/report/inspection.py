@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from espalier.errors import EspalierError
 from espalier.report.console import space_table
 from espalier.report.draw import draw
-from espalier.report.figures import segment_figure, trace_figure
+from espalier.report.figures import trace_figure
 from espalier.report.html import Report, write_text
 from espalier.report.operators import quantity
+from espalier.report.segment_figures import segment_figure
 from espalier.space.search_space import search_space
 
 _TYPES = {
     "float": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32,
-    "float64": torch.float64, "int": torch.int64, "int32": torch.int32, "int64": torch.int64, "bool": torch.bool,
-    "uint8": torch.uint8,
+    "float64": torch.float64, "int": torch.int64, "int32": torch.int32, "int64": torch.int64,
+    "bool": torch.bool, "uint8": torch.uint8,
 }  # fmt: skip
 
 
@@ -44,8 +45,8 @@ def inspect(
     console.print(space_table(summary, limit=40))
     name = type(model).__name__
     words = (
-        f"{name}: {quantity(cost.params)} parameters, {quantity(cost.macs)} MACs per example; {len(space)} of "
-        f"{len(space.graph)} segments can be removed."
+        f"{name}: {quantity(cost.params)} parameters, {quantity(cost.macs)} MACs per example; "
+        f"{len(space)} of {len(space.graph)} segments can be removed."
     )
     console.print("", words)
     figures = [trace_figure(space.trace), segment_figure(space)]
@@ -77,7 +78,7 @@ def parse_inputs(texts: Sequence[str]) -> tuple[tuple[Tensor, ...], dict[str, Te
             sizes = [int(size) for size in shape.lower().replace(",", "x").split("x")]
         except ValueError:
             sizes = [0]
-        if min(sizes) < 1:
+        if min(sizes) < 1 or ("=" in text and not name.isidentifier()):
             raise EspalierError(
                 f"--input {text}: a shape is sizes joined by x, the batch first, like 1x3x32x32."
             )
@@ -123,7 +124,8 @@ def load_model(factory: str) -> nn.Module:
         model = found()
     except Exception as error:
         raise EspalierError(
-            f"'{factory}' was called without arguments and raised {type(error).__name__}: {error}{_raised_at(error)}\n"
+            f"'{factory}' was called without arguments and raised "
+            f"{type(error).__name__}: {error}{_raised_at(error)}\n"
             "If it needs arguments, name a function of your own that gives them."
         ) from error
     if not isinstance(model, nn.Module):
