@@ -216,7 +216,7 @@ def search_space(
         raise SpaceError(f"unknown level {unknown[0] if unknown else '()'!r}: there is 'segment'.")
     traced = trace(model, args, kwargs)
     graph = segment_graph(traced)
-    structures, kept = _segment_structures(traced, graph, _protected(model, keep))
+    structures, kept = structures_of(traced, graph, _protected(model, keep))
     return SearchSpace(traced, graph, structures, kept)
 
 
@@ -237,7 +237,7 @@ def _protected(model: nn.Module, keep: Sequence[Keep]) -> set[str]:
     return paths
 
 
-def _segment_structures(traced: Trace, graph: SegmentGraph, protected: set[str]) -> tuple[list[Structure], dict[str, str]]:
+def structures_of(traced: Trace, graph: SegmentGraph, protected: set[str]) -> tuple[list[Structure], dict[str, str]]:
     """Discovery of removal structures (Algorithm 2, lines 11 to 16)."""
     users: dict[str, list[int]] = {}
     for segment in graph:

@@ -60,3 +60,20 @@ def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Euclidean norm of each tensor, as one vector, at least in single precision."""
     stacked = torch.stack(torch._foreach_norm(list(tensors)))
     return stacked if stacked.dtype == torch.float64 else stacked.float()
+
+
+def all_finite(tensors: Sequence[torch.Tensor], small: int = 16384) -> torch.Tensor:
+    """Whether no element is NaN or infinite, as a tensor on their device.
+
+    Large tensors are read once where they lie; small ones, where the calls cost more than the reading, are
+    joined first.
+    """
+    few = [t for t in tensors if t.numel() < small]
+    many = [t for t in tensors if t.numel() >= small]
+    parts = []
+    if few:
+        joined = torch._utils._flatten_dense_tensors(few)
+        parts.append(torch.linalg.vector_norm(joined if joined.dtype.itemsize >= 4 else joined.float()).float())
+    if many:
+        parts.append(norms(many).sum().float())
+    return torch.stack(parts).isfinite().all()

@@ -16,7 +16,7 @@ from espalier.saliency import Saliency, cosine_magnitude
 from espalier.space.budget import Budget, meet
 from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
-from espalier.sparsify.groups import Groups, norms
+from espalier.sparsify.groups import Groups, all_finite, norms
 
 
 class H2SPG(Optimizer):
@@ -193,7 +193,7 @@ class H2SPG(Optimizer):
         testing = (self.steps_done - self.warmup_steps) % self.test_every == 0
         before = norms(tensors).square() if testing else None
         for rate, members in self._by_rate(tensors):
-            torch._foreach_mul_(members, 1.0 - 1.0 / left)
+            torch._foreach_add_(members, members, alpha=-1.0 / left)
             with_gradient = [t for t in members if t.grad is not None]
             if with_gradient:
                 torch._foreach_add_(with_gradient, [t.grad for t in with_gradient], alpha=-rate)
@@ -231,7 +231,7 @@ class H2SPG(Optimizer):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             return
-        finite = torch.isfinite(norms(gradients)).all()
+        finite = all_finite(gradients)
         before, self._finite = self._finite, finite
         known = finite if finite.device.type == "cpu" else before
         if known is not None and not bool(known):
