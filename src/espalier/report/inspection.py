@@ -118,7 +118,8 @@ def load_model(factory: str) -> nn.Module:
         return found
     if not callable(found):
         raise EspalierError(
-            f"'{factory}' is a {type(found).__name__}: name a function or class that makes a torch.nn.Module."
+            f"'{factory}' is of type {type(found).__name__}: "
+            "name a function or class that makes a torch.nn.Module."
         )
     try:
         model = found()
