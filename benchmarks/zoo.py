@@ -1,8 +1,8 @@
 """Trace every model of the zoo, check it, and write docs/results/zoo.md.
 
-    python benchmarks/zoo.py                      # resumes: models that runs/zoo.jsonl has are not run again
-    python benchmarks/zoo.py --only timm/resnet   # names that start so, run again
-    python benchmarks/zoo.py --table              # only writes the table
+python benchmarks/zoo.py                      # resumes: models that runs/zoo.jsonl has are not run again
+python benchmarks/zoo.py --only timm/resnet   # names that start so, run again
+python benchmarks/zoo.py --table              # only writes the table
 """
 
 import argparse
@@ -51,11 +51,16 @@ def check(make: Callable[[], Example]) -> dict[str, Any]:
         "structures": len(space),
         "segments": len(space.graph),
     }
-    if large or not len(space):
+    if large or not (len(space) or record["train"]):
         return record
     dropped = without_dropout(model) | without_dropout(space.trace.graph_module)
-    if dropped and any(node.target == "training" for node in space.trace.graph.nodes):  # baked in functional calls
+    # What functional calls would drop is baked into the trace.
+    if dropped and any(node.target == "training" for node in space.trace.graph.nodes):
         space = espalier.search_space(model, args, kwargs)
+    if record["train"]:
+        record["train_without_dropout"] = round_trip(space.trace, training=True)
+    if not len(space):
+        return record
     solution = random_removal(space, seed=0)
     differences = constructed(space, solution)
     return record | {
@@ -91,7 +96,10 @@ def run(name: str, make: Callable[[], Example], limit: int) -> dict[str, Any]:
             record |= check(make)
     except Exception as error:
         signal.alarm(0)
-        record |= {"failure": f"{type(error).__name__}: {error}"[:600], "traceback": traceback.format_exc()[-1500:]}
+        record |= {
+            "failure": f"{type(error).__name__}: {error}"[:600],
+            "traceback": traceback.format_exc()[-1500:],
+        }
     finally:
         signal.alarm(0)
     return record | {"took": round(time.perf_counter() - start, 1)}
@@ -104,7 +112,9 @@ def records() -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", default=[], help="run the models again whose names start so")
     parser.add_argument("--again", action="store_true", help="run again what failed or was not exact")
     parser.add_argument("--table", action="store_true", help="write the table from the records and stop")

@@ -1,5 +1,6 @@
 """docs/results/zoo.md from the records of zoo.py."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,33 @@ from typing import Any
 # float64 leaves about 1e-13 after a deep network; a batch norm over two values in train mode magnifies it.
 BOUND = {"float64": 1e-9, "float32": 1e-3}
 
-# What a failure or a difference comes from, by what the record says; the first that fits is printed.
-REASONS = (
-    ("tensors in train mode", "It returns auxiliary outputs in train mode; the trace returns those of eval mode in both. "
-     "The main output is compared in train mode."),
-    ("decides by the values of a tensor", "Its forward branches on a tensor's values in train mode."),
-)  # fmt: skip
+# Sign in the record → why the difference is there.
+REASONS = {
+    "tensors in train mode and": (
+        "It returns auxiliary outputs in train mode; the trace returns those of eval mode in both. The first "
+        "output is compared; the auxiliary heads draw random numbers for their dropout first."
+    ),
+    "decides by the values of a tensor": (
+        "Its forward branches on a tensor's values in train mode, which no trace can follow: the trace behaves "
+        "as in eval mode, and says so."
+    ),
+}
+
+
+_HEAD = (
+    "Made by `python benchmarks/zoo.py` on a 2-core x86 CPU (shared with other work: seconds are upper",
+    "bounds), torch 2.13, torchvision 0.28, timm 1.0.31, transformers 5.23, on 2026-11-21. Random",
+    "weights, batch of two, inputs as small as the architecture takes them.",
+    "",
+    "For each model: seconds for trace and search space together; the largest absolute difference",
+    "between the outputs of the model and of its trace in eval mode, and in train mode under one seed,",
+    "running averages included (0 means bit for bit); the number of structures that may go; and, for",
+    "one random valid removal, the largest difference between `space.masked(solution)` and",
+    "`espalier.construct(space, solution)` relative to the output's largest entry, without dropout. All",
+    "in float64, except models over 90 million parameters (float32, nothing constructed) and those",
+    "whose kernels take float32 only.",
+    "",
+)
 
 
 def verdict(record: dict[str, Any]) -> str:
@@ -21,7 +43,11 @@ def verdict(record: dict[str, Any]) -> str:
         return record["failure"].splitlines()[0]
     bad = [f"{mode}: {record[mode]:.1e}" for mode in ("eval", "train") if record[mode] != 0.0]
     bound = BOUND[record["dtype"]]
-    bad += [f"small {mode}: {gap:.1e}" for mode in ("eval", "train") if (gap := record.get(f"small_{mode}", 0.0)) > bound]
+    bad += [
+        f"small {mode}: {gap:.1e}"
+        for mode in ("eval", "train")
+        if (gap := record.get(f"small_{mode}", 0.0)) > bound
+    ]
     return ", ".join(bad)
 
 
@@ -34,17 +60,7 @@ def write(path: Path, names: list[str], records: dict[str, dict[str, Any]]) -> N
     lines = [
         "# The zoo: trace and construct over public models",
         "",
-        "Made by `python benchmarks/zoo.py` on a 2-core x86 CPU (shared with other work: seconds are upper bounds), "
-        "torch 2.13, torchvision 0.28, timm 1.0.31, transformers 5.23, on 2026-11-21. Random weights, batch of two, inputs as "
-        "small as the architecture takes them.",
-        "",
-        "For each model: `trace` and search space (seconds for both); the largest absolute difference between the outputs of "
-        "the model and of its trace in eval mode and in train mode under one seed, running averages included (0 means bit for "
-        "bit); the number of structures that may go; and, for one random valid removal, the largest difference between "
-        "`space.masked(solution)` and `espalier.construct(space, solution)` relative to the output's largest entry, without "
-        "dropout. All in float64, except models over 90 million parameters (float32, nothing constructed) and those whose "
-        "kernels take float32 only.",
-        "",
+        *_HEAD,
         "| library | models | exact in eval | exact in train | constructed | exact | failed |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -56,14 +72,15 @@ def write(path: Path, names: list[str], records: dict[str, dict[str, Any]]) -> N
     lines += [f"- `{r['name']}`: {verdict(r)}. {_reason(r)}".rstrip() for r in bad] or ["Nothing."]
     if noted:
         lines += ["", "## Exact, with a note of the trace", ""]
-        lines += [f"- `{r['name']}`: {' '.join(r['notes'][0].split())[:400]}" for r in noted]
+        lines += [f"- `{r['name']}`: {_words(r)[:400]}" for r in noted]
     if missing:
         lines += ["", "## Not run", "", ", ".join(f"`{name}`" for name in missing)]
     lines += [
         "",
         "## All models",
         "",
-        "| model | parameters | seconds | eval | train | segments | structures | removed | small, eval | small, train |",
+        "| model | parameters | seconds | eval | train | segments | structures | removed | small, eval "
+        "| small, train |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *(_row(r) for r in rows),
     ]
@@ -86,10 +103,17 @@ def _counts(rows: list[dict[str, Any]]) -> Counter[str]:
     return count
 
 
+def _words(record: dict[str, Any]) -> str:
+    """The notes of the trace in one line, files as they are called within their packages."""
+    return re.sub(r"/\S*/site-packages/", "", " ".join(" ".join(record.get("notes", ())).split()))
+
+
 def _reason(record: dict[str, Any]) -> str:
-    text = " ".join([record.get("failure", ""), *record.get("notes", ())])
-    known = next((reason for sign, reason in REASONS if sign in text), "")
-    return known or (f"Note of the trace: {' '.join(record['notes'][0].split())[:300]}" if record.get("notes") else "")
+    notes = _words(record)
+    reason = next((reason for sign, reason in REASONS.items() if sign in notes), notes[:300])
+    if "train_without_dropout" in record:
+        reason += f" Without dropout the difference in train mode is {_gap(record['train_without_dropout'])}."
+    return reason
 
 
 def _row(record: dict[str, Any]) -> str:

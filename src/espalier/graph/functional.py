@@ -45,6 +45,8 @@ def _write_back(graph: fx.Graph, view: fx.Node, parent: fx.Node, new: fx.Node) -
         return graph.call_function(aten.diagonal_scatter.default, (parent, new, *args[1:]))
     if target is aten.transpose.int:
         return graph.call_function(aten.transpose.int, (new, *args[1:]))
+    if target in (aten.t.default, aten.numpy_T.default):
+        return graph.call_function(target, (new,))
     if target is aten.permute.default:
         dims = [d % len(args[1]) for d in args[1]]  # type: ignore[arg-type]
         return graph.call_function(aten.permute.default, (new, [dims.index(i) for i in range(len(dims))]))
@@ -137,8 +139,9 @@ class _Functionalizer:
             if is_in_place(node) or node.meta.get("written_in_place"):
                 self.now[node] = self.read(parent)
             else:
+                source = self.read(parent)
                 fresh = self.graph.node_copy(node, lambda n: n)
-                fresh.args = (self.read(parent), *node.args[1:])
+                fresh.args = (source, *node.args[1:])
                 self.now[node] = fresh
             self.stale.discard(node)
         return self.now.get(node, node)

@@ -29,7 +29,9 @@ class Call:
 def stack_of(node: fx.Node) -> list[tuple[str, str]]:
     """(call key, dotted path) of every module call around the node, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
-    return [(key, entry[0]) for key, entry in stack.items() if key != "_empty_nn_module_stack_from_metadata_hook"]
+    return [
+        (key, entry[0]) for key, entry in stack.items() if key != "_empty_nn_module_stack_from_metadata_hook"
+    ]
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -67,8 +69,8 @@ def calls(graph: fx.Graph, wanted: Mapping[str, nn.Module]) -> list[Call]:
 def boundary(call: Call) -> tuple[list[fx.Node], list[fx.Node]]:
     """Tensors that enter the call (parameters and buffers aside) and what of it is read outside.
 
-    A size that the call computed from sizes alone is no output, though later layers may read it: it stays where
-    it is.
+    A size that the call computed from sizes alone is no output, though later layers may read it: it stays
+    where it is.
     """
     inside = set(call.nodes)
     inputs: dict[fx.Node, None] = {}
@@ -92,7 +94,7 @@ def _rests_on_tensors(size: fx.Node, inside: Collection[fx.Node]) -> bool:
 
 
 def _keeps_its_arguments(call: Call, module: nn.Module) -> bool:
-    """False where the call passed something that ``module(x)`` would not repeat (a transposed conv's size)."""
+    """False where the call passed what ``module(x)`` would not repeat (a transposed conv's size)."""
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         padding = next((n.args[5] for n in call.nodes if len(n.args) > 5), None)
         return padding is None or tuple(padding) == tuple(module.output_padding)  # type: ignore[arg-type]
@@ -189,6 +191,7 @@ def lift(graph: fx.Graph, model: nn.Module, signatures: Mapping[str, "torch.expo
     modules = dict(model.named_modules(remove_duplicate=False))
     del modules[""]  # a model that is itself a layer stays as its operators
     named = {n.name: n for n in graph.nodes}
+    named |= {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
     wanted = {name: m for name, m in modules.items() if isinstance(m, SIGNATURE_LAYERS)}
     for call in calls(graph, wanted) if wanted else ():
         suffix = call.key.partition("@")[2]

@@ -5,14 +5,16 @@ module that differs (drop path, a batch norm of one's own) is lifted whole, a sc
 a functional dropout) becomes an expression of ``self.training``.
 """
 
+import contextlib
 import operator
-import types
+import sys
+from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from espalier.graph.lift import Call, boundary, calls, collapse, is_tensor, stack_of
-
 
 # Layers of torch.nn that act differently in train mode.
 _MODAL = (
@@ -24,53 +26,37 @@ _MODAL = (
 )
 
 
-def needs_both_modes(model: nn.Module, graph: fx.Graph) -> bool:
-    """Whether the lifted ``graph`` may differ in train mode: by the model's own code, or by a layer left unlifted."""
-    if reads_training(model):
-        return True
+@contextlib.contextmanager
+def watching_training() -> Iterator[list[str]]:
+    """Collects the names of the modules of code outside of torch that read ``training`` of any ``nn.Module``.
+
+    What is not in the list ran the same way as it would have in the other mode.
+    """
+    readers: list[str] = []
+
+    def read(module: nn.Module) -> bool:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] != "torch":
+            readers.append(caller)
+        if "training" not in module.__dict__:
+            raise AttributeError("training")
+        return module.__dict__["training"]
+
+    def write(module: nn.Module, mode: bool) -> None:
+        module.__dict__["training"] = mode
+
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    try:
+        yield readers
+    finally:
+        del nn.Module.training
+
+
+def leaves_modal_layers(model: nn.Module, graph: fx.Graph) -> bool:
+    """Whether the lifted ``graph`` holds operators of a layer that acts differently in train mode."""
     modal = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _MODAL)}
     left = (node for node in graph.nodes if node.op == "call_function" and is_tensor(node))
     return any(path in modal for node in left for _, path in stack_of(node)[-1:])
-
-
-def reads_training(model: nn.Module) -> bool:
-    """Whether any code of the model, its ``torch.nn`` layers aside, may depend on ``training``.
-
-    >>> reads_training(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
-    False
-    """
-    seen: set[types.CodeType] = set()
-    for cls in {type(module) for module in model.modules()}:
-        for base in cls.__mro__:
-            if base.__module__.startswith("torch.nn.") or base in (object, nn.Module):
-                continue
-            for member in vars(base).values():
-                function = getattr(member, "__func__", getattr(member, "fget", member))
-                if isinstance(function, types.FunctionType) and _mentions_training(function, seen):
-                    return True
-    return False
-
-
-def _mentions_training(function: types.FunctionType, seen: set[types.CodeType]) -> bool:
-    """Looks into the function, what is nested in it, and the plain Python functions that it names."""
-    pending = [function.__code__]
-    while pending:
-        code = pending.pop()
-        if code in seen:
-            continue
-        seen.add(code)
-        if "training" in code.co_names or "training" in code.co_consts:
-            return True
-        pending += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-        for name in code.co_names:
-            called = function.__globals__.get(name)
-            if isinstance(called, types.FunctionType) and not called.__module__.startswith("torch."):
-                called_seen = called.__code__ in seen
-                if not called_seen and _mentions_training(called, seen):
-                    return True
-    closure = function.__closure__ or ()
-    cells = [c.cell_contents for c in closure if isinstance(getattr(c, "cell_contents", None), types.FunctionType)]
-    return any(_mentions_training(f, seen) for f in cells if f.__code__ not in seen)
 
 
 # Operators that change how a tensor lies in memory, not its values: one mode may need them where the other's
@@ -81,13 +67,18 @@ _LAYOUT = (torch.ops.aten.contiguous.default,)
 def merge(evaluated: fx.Graph, trained: fx.Graph, model: nn.Module) -> str:
     """Make ``trained`` obey train/eval, in place; return '' or the reason why the two cannot be merged."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    other_outputs = _other_outputs(evaluated, trained)
+    if other_outputs:
+        return other_outputs
+    left: list[fx.Node] = []
+    right: list[fx.Node] = []
     for _ in range(8):
         only_trained = _mode_only(evaluated, trained)
         left, right = _compared(evaluated, set()), _compared(trained, only_trained)
         if [_signature(n) for n in left] == [_signature(n) for n in right]:
             pairs = list(zip(right, left, strict=True))
             _keep_layouts(evaluated, trained, pairs)
-            return _other_outputs(evaluated, trained) or _follow_training(trained, pairs, only_trained)
+            return _follow_training(trained, pairs, only_trained)
         if not _lift_what_differs(evaluated, trained, modules):
             break
     differs = _first_difference(left, right)
@@ -198,7 +189,11 @@ def _follow_training(
 ) -> str:
     """Replace every scalar argument that differs between the modes; '' or why the graphs do not match."""
     same = dict(pairs)
-    same |= dict(zip(_of(graph, "placeholder"), _of(pairs[0][1].graph, "placeholder"), strict=True)) if pairs else {}
+    same |= (
+        dict(zip(_of(graph, "placeholder"), _of(pairs[0][1].graph, "placeholder"), strict=True))
+        if pairs
+        else {}
+    )
 
     def counterpart(node: fx.Node) -> fx.Node | None:
         while node in only_trained or node.target in _LAYOUT:
@@ -208,15 +203,17 @@ def _follow_training(
     training: fx.Node | None = None
     for node, other in pairs:
         _spell_out_defaults(node, other)
-        flat, spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
-        flat_other, spec_other = torch.utils._pytree.tree_flatten((other.args, other.kwargs))
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+        flat_other, spec_other = pytree.tree_flatten((other.args, other.kwargs))
         if spec != spec_other:
             return f"the call of {node.target} has other arguments in train mode"
         for i, (a, b) in enumerate(zip(flat, flat_other, strict=True)):
             if isinstance(a, fx.Node) and isinstance(b, fx.Node):
                 if not is_tensor(a) and not is_tensor(b):
                     continue  # a size, which both modes compute alike
-                if not (a.op == b.op == "get_attr" and a.target == b.target) and counterpart(a) is not _beneath(b):
+                if not (a.op == b.op == "get_attr" and a.target == b.target) and counterpart(
+                    a
+                ) is not _beneath(b):
                     return f"the call of {node.target} reads another tensor in train mode"
             elif type(a) is not type(b) or a != b:
                 if isinstance(a, (fx.Node, torch.Tensor)) or isinstance(b, (fx.Node, torch.Tensor)):
@@ -228,7 +225,7 @@ def _follow_training(
                 with graph.inserting_before(node):
                     flat[i] = training if (a, b) == (True, False) else _either(graph, b, a, training)
         else:
-            node.args, node.kwargs = torch.utils._pytree.tree_unflatten(flat, spec)
+            node.args, node.kwargs = pytree.tree_unflatten(flat, spec)
     return ""
 
 
@@ -243,9 +240,12 @@ def _dropout_layer(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _other_outputs(evaluated: fx.Graph, trained: fx.Graph) -> str:
-    returned = [len(torch.utils._pytree.tree_leaves(_of(g, "output")[0].args)) for g in (evaluated, trained)]
+    returned = [len(pytree.tree_leaves(_of(g, "output")[0].args)) for g in (evaluated, trained)]
     if returned[0] != returned[1]:
-        return f"it returns {returned[1]} tensors in train mode and {returned[0]} in eval mode; the trace returns the latter"
+        return (
+            f"it returns {returned[1]} tensors in train mode and {returned[0]} in eval mode; "
+            f"the trace returns the latter"
+        )
     return ""
 
 
@@ -260,7 +260,9 @@ def _spell_out_defaults(node: fx.Node, other: fx.Node) -> None:
         keywords = set(node.kwargs) | set(other.kwargs)
         call.args = tuple(given.get(a.name, a.default_value) for a in needed)
         call.kwargs = {
-            a.name: given.get(a.name, a.default_value) for a in schema.arguments[len(needed) :] if a.name in keywords
+            a.name: given.get(a.name, a.default_value)
+            for a in schema.arguments[len(needed) :]
+            if a.name in keywords
         }
 
 
@@ -277,6 +279,6 @@ def _read_flag(graph: fx.Graph) -> fx.Node:
 
 
 def _either(graph: fx.Graph, in_eval: object, in_train: object, training: fx.Node) -> fx.Node:
-    node = graph.call_function(operator.getitem, ((in_eval, in_train), training))
+    node = graph.call_function(operator.getitem, ((in_eval, in_train), training))  # type: ignore[arg-type]
     node.meta["val"] = in_train
     return node

@@ -2,8 +2,8 @@
 
 Data flows from the model's inputs to its outputs through the nodes of the trace. A segment is a maximal run
 of nodes that lives or goes as one: it ends before a vertex that several tensors enter and after a vertex that
-several read. A joint vertex (add, concat, mul, stack) is a segment of its own: it still works when some of its
-inputs are gone.
+several read. A joint vertex (add, concat, mul, stack) is a segment of its own: it still works when some of
+its inputs are gone.
 """
 
 from collections import deque
@@ -37,8 +37,8 @@ JOINT = frozenset(
 class Segment:
     """A maximal run of nodes that lives or goes as one.
 
-    ``parameters`` are the names of the parameters that its nodes use, ``incoming`` and ``outgoing`` the indices
-    of the neighbouring segments, each once.
+    ``parameters`` are the names of the parameters that its nodes use, ``incoming`` and ``outgoing`` the
+    indices of the neighbouring segments, each once.
     """
 
     index: int
@@ -74,7 +74,8 @@ def segment_graph(trace: Trace) -> SegmentGraph:
 
     >>> from torch import nn
     >>> from espalier.graph.trace import trace
-    >>> [s.name for s in segment_graph(trace(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), (torch.randn(3, 4),)))]
+    >>> net = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
+    >>> [s.name for s in segment_graph(trace(net, (torch.randn(3, 4),)))]
     ['0-1']
     """
     flow = DataFlow(trace)
@@ -116,7 +117,7 @@ def segment_graph(trace: Trace) -> SegmentGraph:
 
 
 class DataFlow:
-    """Which node reads which tensor: the trace graph (V, E) without sizes, flags and the parameters' own nodes."""
+    """Which node reads which tensor: the trace graph (V, E) without sizes, flags and parameters."""
 
     def __init__(self, trace: Trace):
         self.model = trace.model
@@ -160,7 +161,7 @@ class DataFlow:
         return node.target in JOINT and len(self.sources[node]) > 1
 
     def owner(self, parameter: str) -> str:
-        """The path of the layer that holds the parameter; the parameter's own where that module holds others too."""
+        """The path of the layer that holds the parameter; the parameter's own name where no layer does."""
         path = parameter.rpartition(".")[0]
         leaf = path and not any(True for _ in self.model.get_submodule(path).children())
         return path if leaf else parameter

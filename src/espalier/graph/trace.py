@@ -6,6 +6,8 @@ layers. The trace shares the model's parameters: training either trains both.
 
 import contextlib
 import inspect
+import io
+import logging
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,9 +20,9 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from espalier.errors import TraceError
-from espalier.graph.functional import functionalize
-from espalier.graph.lift import SIGNATURE_LAYERS, lift
-from espalier.graph.modes import merge, needs_both_modes
+from espalier.graph.functional import functionalize, is_in_place
+from espalier.graph.lift import SIGNATURE_LAYERS, is_tensor, lift
+from espalier.graph.modes import leaves_modal_layers, merge, watching_training
 from espalier.graph.module import graph_module
 from espalier.graph.source import where_raised
 
@@ -48,28 +50,32 @@ class Trace:
         return pytree.tree_leaves((self.args, self.kwargs))
 
 
-def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mapping[str, Any] | None = None) -> Trace:
+def trace(
+    model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mapping[str, Any] | None = None
+) -> Trace:
     """Trace ``model`` on example inputs.
 
     >>> traced = trace(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), (torch.randn(3, 4),))
     >>> [node.target for node in traced.graph.nodes if node.op == "call_module"]
     ['0', '1']
 
-    ``args`` is the tuple of positional inputs (a lone tensor is taken as the only one), ``kwargs`` the keyword
-    ones; tensors may sit in tuples, lists and dicts. Their first dimension is taken as the batch and left free
-    where the model allows it. The model's mode and its gradients stay as they are.
+    ``args`` is the tuple of positional inputs (a lone tensor is taken as the only one), ``kwargs`` the
+    keyword ones; tensors may sit in tuples, lists and dicts. Their first dimension is taken as the batch and
+    left free where the model allows it. The model's mode and its gradients stay as they are.
 
     Raises :class:`TraceError`, which names the module, the source line and what to do.
     """
-    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     _check_model(model)
-    args, kwargs = _two_of_a_batch_of_one((args, dict(kwargs or {})))
+    given = (args,) if isinstance(args, torch.Tensor) else tuple(args), dict(kwargs or {})
+    _check_inputs(model, *given)
+    example_args, example_kwargs = _two_of_a_batch_of_one(given)
     notes: list[str] = []
     with _quiet(), _restored_modes(model):
-        evaluated, signatures, codegen = _exported(model, args, kwargs, training=False, notes=notes)
+        with watching_training() as readers:
+            evaluated, codegen = _exported(model, example_args, example_kwargs, training=False, notes=notes)
         graph = evaluated
-        if needs_both_modes(model, evaluated):
-            graph = _both_modes(model, args, kwargs, evaluated, notes)
+        if readers or leaves_modal_layers(model, evaluated):
+            graph = _both_modes(model, example_args, example_kwargs, evaluated, notes)
     graph.set_codegen(codegen)
     _drop_unused(graph)
     traced = graph_module(root_for(model, graph), graph, type(model).__name__)
@@ -77,14 +83,14 @@ def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mappin
     for module in traced.modules():
         if id(module) not in own:
             module.training = model.training
-    return Trace(model, traced, args, kwargs, tuple(notes))
+    return Trace(model, traced, example_args, example_kwargs, tuple(notes))
 
 
 def _both_modes(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], evaluated: fx.Graph, notes: list[str]
 ) -> fx.Graph:
     try:
-        trained, _, _ = _exported(model, args, kwargs, training=True, notes=[])
+        trained, _ = _exported(model, args, kwargs, training=True, notes=[])
     except TraceError as error:
         notes.append(f"train mode could not be exported, so the trace behaves as in eval mode: {error}")
         return evaluated
@@ -102,7 +108,7 @@ def _both_modes(
 
 def _exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, notes: list[str]
-) -> tuple[fx.Graph, dict[str, Any], Any]:
+) -> tuple[fx.Graph, Any]:
     model.train(training)
     program = _export(model, args, kwargs, notes)
     module = program.module(check_guards=False)
@@ -113,17 +119,15 @@ def _exported(
     signatures = {entry.fqn: entry for entry in program.module_call_graph}
     functionalize(graph)
     lift(graph, model, signatures)
-    return graph, signatures, codegen
+    return graph, codegen
 
 
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]
 ) -> ExportedProgram:
-    signed = tuple(
-        name for name, m in model.named_modules() if name and isinstance(m, SIGNATURE_LAYERS) and not any(
-            isinstance(p, SIGNATURE_LAYERS) and name.startswith(f"{q}.") for q, p in model.named_modules() if q
-        )
-    )  # fmt: skip
+    composite = [name for name, m in model.named_modules() if name and isinstance(m, SIGNATURE_LAYERS)]
+    inner = {name for name in composite if any(name.startswith(f"{outer}.") for outer in composite)}
+    signed = tuple(name for name in composite if name not in inner)
     shapes = ShapesCollection()
     for tensor in _tensors((args, kwargs)):
         if tensor.ndim and tensor.shape[0] > 1:
@@ -135,9 +139,14 @@ def _export(
         )
 
     try:
-        return export(shapes, signed)
+        program = export(shapes, signed)
+        if any(t.ndim and t.shape[0] > 1 for t in _tensors((args, kwargs))) and not _batch_is_free(program):
+            notes.append(
+                "the batch size is fixed at that of the example inputs: the model's code depends on it"
+            )
+        return program
     except Exception as error:
-        free_batch = error
+        failure = free_batch = error
     for attempt_signed in (signed, ()) if signed else ((),):
         try:
             program = export(None, attempt_signed)
@@ -147,6 +156,12 @@ def _export(
         notes.append(f"the batch size is fixed at that of the example inputs: {_first_line(free_batch)}")
         return program
     raise _explained(model, failure) from failure
+
+
+def _batch_is_free(program: ExportedProgram) -> bool:
+    inputs = _tensors([node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"])
+    sizes = [t.shape[0] for t in inputs if t.ndim]
+    return any(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in sizes)
 
 
 def _explained(model: nn.Module, error: Exception) -> TraceError:
@@ -181,7 +196,9 @@ def _check_model(model: nn.Module) -> None:
         raise TraceError("the model is wrapped for parallel training: pass its .module, and wrap afterwards.")
     lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
-        raise TraceError(f"parameter '{lazy[0]}' is not initialised yet: run the model once on example inputs.")
+        raise TraceError(
+            f"parameter '{lazy[0]}' is not initialised yet: run the model once on example inputs."
+        )
     places: dict[torch.device, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         places.setdefault(tensor.device, name)
@@ -189,7 +206,29 @@ def _check_model(model: nn.Module) -> None:
         raise TraceError(f"{type(model).__name__} has no parameters: there is nothing to make smaller.")
     if len(places) > 1:
         listed = ", ".join(f"'{name}' on {device}" for device, name in places.items())
-        raise TraceError(f"the model lies on several devices ({listed}): move it to one with model.to(device).")
+        raise TraceError(
+            f"the model lies on several devices ({listed}): move it to one with model.to(device)."
+        )
+
+
+def _check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    signature = signature_of(model)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        code = getattr(model.forward, "__code__", None)
+        line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        raise TraceError(
+            f"the number or the names of the example inputs do not fit "
+            f"{type(model).__name__}.forward{signature}{line}: {error}. "
+            "Give args and kwargs as that forward takes them."
+        ) from error
+    own = next(model.parameters()).device
+    devices = {str(tensor.device): None for tensor in _tensors((args, kwargs))}
+    if devices and str(own) not in devices:
+        raise TraceError(
+            f"the example inputs lie on {', '.join(devices)}, the model on {own}: move them to one device."
+        )
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -219,9 +258,16 @@ def _restored_modes(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Keep the export's warnings, and the graph that it prints when it fails, from the user's terminal."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _own_constants(model: nn.Module, module: fx.GraphModule) -> None:
@@ -277,8 +323,10 @@ def _is_persistent(model: nn.Module, target: str) -> bool:
 
 
 def _drop_unused(graph: fx.Graph) -> None:
+    """Parameters of lifted layers, and sizes that only they needed."""
     for node in reversed(list(graph.nodes)):
-        if node.op == "get_attr" and not node.users:
+        size = node.op == "call_function" and not is_tensor(node) and not is_in_place(node)
+        if (size or node.op == "get_attr") and not node.users:
             graph.erase_node(node)
 
 

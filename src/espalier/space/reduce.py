@@ -64,7 +64,7 @@ class _Builder:
         self.model = model
         self.root = root_for(model, trace.graph)
         self.graph = fx.Graph()
-        self.graph.set_codegen(copy.deepcopy(trace.graph._codegen))
+        self.graph.set_codegen(copy.copy(trace.graph._codegen))
         self.at: fx.Node = next(iter(trace.graph.nodes))
         self.env: dict[fx.Node, Value] = {}
         self.added: dict[str, nn.Module | torch.Tensor] = {}
