@@ -82,7 +82,7 @@ def test_inspect_takes_keyword_inputs_and_keep(here, capsys):
         (["nowhere_at_all:Net"], "no module 'nowhere_at_all'"),
         (["bad_here:Net"], "needs 'not_to_be_found'"),
         (["nets_here:Ne"], "It has Net"),
-        (["nets_here:number"], "is a int"),
+        (["nets_here:number"], "is of type int"),
         (["nets_here:text"], "not a torch.nn.Module"),
         (["nets_here:broken"], "no [weights] here"),
         (["nets_here:needs"], "name a function of your own"),
@@ -199,6 +199,28 @@ def test_the_demo_fails_where_a_check_fails(short_demo, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "run", lambda *_: False)
     monkeypatch.setattr("espalier.cli.run", lambda *_: False)
     assert main(["demo", "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--epochs", "0"], "--epochs is above 0"),
+        (["--batch-size", "99999"], "smaller batch_size"),
+        (["--budget", "1.5"], "between 0 and 1"),
+        (["--budget", "0"], "cannot be met"),
+    ],
+)
+def test_the_demo_says_what_to_mend(tmp_path, capsys, arguments, words):
+    pytest.importorskip("sklearn")
+    assert main(["demo", "--out", str(tmp_path), "--threads", str(torch.get_num_threads()), *arguments]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_place_that_cannot_be_written_is_named(here, capsys):
+    (here / "file").write_text("")
+    arguments = ["inspect", "nets_here:Net", "--input", "1x5:int64"]
+    assert main([*arguments, "--out", "file/page.html"]) == 2
+    assert "file" in capsys.readouterr().err
 
 
 def test_an_interrupted_demo_leaves_what_was_written(monkeypatch, tmp_path, capsys):

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         inspect(
             command.factory, command.input, command.levels, command.keep, command.out, command.svg, console
         )
-    except EspalierError as error:
+    except (EspalierError, OSError) as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:

@@ -68,6 +68,9 @@ class _Data:
 def run(demo: Demo, console: Console) -> bool:
     """Do the whole job; whether all checks hold."""
     started = time.perf_counter()
+    for name in ("epochs", "width", "batch_size", "lr", "threads"):
+        if getattr(demo, name) <= 0:
+            raise EspalierError(f"--{name.replace('_', '-')} is above 0.")
     torch.set_num_threads(demo.threads)
     data = _load(demo)
     example = data.test[0][:64]
@@ -150,7 +153,7 @@ def _load(demo: Demo) -> _Data:
     try:
         train = Batches(digits("train"), demo.batch_size, seed=demo.seed, drop_last=True)
         return _Data(train, digits("validation").tensors(), digits("test").tensors())
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise EspalierError(str(error)) from error
 
 

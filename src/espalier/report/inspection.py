@@ -1,10 +1,13 @@
 """What ``espalier inspect`` does: anybody's model, named by a path, to its search space."""
 
+import contextlib
 import importlib
+import io
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,8 @@ def inspect(
     """Print the search space of the model that ``factory`` makes, and write its drawings to ``out``."""
     args, kwargs = parse_inputs(inputs)
     model = load_model(factory)
-    space = search_space(model, args, kwargs, levels=levels, keep=keep)
+    with _quiet():
+        space = search_space(model, args, kwargs, levels=levels, keep=keep)
     summary, cost = space.summary(), space.cost()
     console.print(space_table(summary, limit=40))
     name = type(model).__name__
@@ -60,6 +64,18 @@ def inspect(
             written.append(out.with_name(f"{out.stem}-{kind}.svg"))
             write_text(written[-1], draw(figure))
     console.print(f"Wrote {', '.join(map(str, written))}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch prints of its own accord when an export fails; the error says it in fewer words."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def parse_inputs(texts: Sequence[str]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -118,7 +134,8 @@ def load_model(factory: str) -> nn.Module:
         return found
     if not callable(found):
         raise EspalierError(
-            f"'{factory}' is a {type(found).__name__}: name a function or class that makes a torch.nn.Module."
+            f"'{factory}' is of type {type(found).__name__}: "
+            "name a function or class that makes a torch.nn.Module."
         )
     try:
         model = found()
