@@ -15,7 +15,7 @@ REASONS = {
         "output is compared; the auxiliary heads draw random numbers for their dropout first."
     ),
     "decides by the values of a tensor": (
-        "Its forward branches on a tensor's values in train mode, which no trace can follow: the trace behaves "
+        "Its forward branches on a tensor's values in train mode, which no trace can follow: it behaves "
         "as in eval mode, and says so."
     ),
 }

@@ -105,7 +105,7 @@ def test_a_batch_that_the_model_fixes_is_noted():
     net = Net(lambda m, x: m.a(x.reshape(3, 4)))
     traced = trace(net, torch.randn(3, 4))
     assert traced.graph_module(torch.randn(3, 4)).shape == (3, 4)
-    assert any("batch size is fixed" in note for note in traced.notes)
+    assert any("(batch) is fixed" in note for note in traced.notes)
 
 
 # Modules
@@ -252,6 +252,25 @@ def test_attention_of_another_memory_layout_in_train_mode():
         return m.a(y.transpose(1, 2).contiguous().view(*x.shape[:2], 4))
 
     check(trace(Net(forward), torch.randn(3, 5, 4)))
+
+
+def test_a_layer_whose_weight_is_computed_in_train_mode():
+    """Spectral norm iterates on its buffers in train mode only: the layer is lifted whole."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    traced = trace(Net(lambda m, x: m.c(x) + m.a(x), c=layer), torch.randn(3, 4))
+    check(traced)
+    assert called(traced) == ["c", "a"]
+
+
+def test_regions_without_gradients_or_in_lower_precision():
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = m.a(x).sigmoid()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = m.b(x)
+        return y * x + z.float()
+
+    check(trace(Net(forward), torch.randn(3, 4)))
 
 
 def test_the_model_is_left_as_it_was():

@@ -26,6 +26,10 @@ _MODAL = (
 )
 
 
+# Parts of torch whose modules are not lifted as layers and read the mode.
+_TORCH_READERS = ("torch.nn.utils", "torch.ao")
+
+
 @contextlib.contextmanager
 def watching_training() -> Iterator[list[str]]:
     """Collects the names of the modules of code outside of torch that read ``training`` of any ``nn.Module``.
@@ -36,7 +40,7 @@ def watching_training() -> Iterator[list[str]]:
 
     def read(module: nn.Module) -> bool:
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.partition(".")[0] != "torch":
+        if caller.partition(".")[0] != "torch" or caller.startswith(_TORCH_READERS):
             readers.append(caller)
         if "training" not in module.__dict__:
             raise AttributeError("training")

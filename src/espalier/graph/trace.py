@@ -142,7 +142,8 @@ def _export(
         program = export(shapes, signed)
         if any(t.ndim and t.shape[0] > 1 for t in _tensors((args, kwargs))) and not _batch_is_free(program):
             notes.append(
-                "the batch size is fixed at that of the example inputs: the model's code depends on it"
+                "the first dimension of the inputs (batch) is fixed at the example's: "
+                "the model's code depends on it"
             )
         return program
     except Exception as error:
@@ -153,7 +154,9 @@ def _export(
         except Exception as error:
             failure = error
             continue
-        notes.append(f"the batch size is fixed at that of the example inputs: {_first_line(free_batch)}")
+        notes.append(
+            f"the first dimension of the inputs (batch) is fixed at the example's: {_first_line(free_batch)}"
+        )
         return program
     raise _explained(model, failure) from failure
 
