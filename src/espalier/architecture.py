@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from espalier.errors import FormatError
@@ -136,8 +137,8 @@ def _graph_from_json(described: Mapping[str, Any], allow: frozenset[str] | None)
         made[name] = graph.create_node(op, function, decode(args, allow, made), decode(kwargs, allow, made), name)
     if "in" in described:
         specs = [None if s is None else pytree.treespec_loads(s) for s in (described["in"], described["out"])]
-        info = fx.graph._PyTreeInfo(described["arguments"], specs[0], specs[1])  # type: ignore[arg-type]
-        graph.set_codegen(fx.graph._PyTreeCodeGen(info))
+        info = _PyTreeInfo(described["arguments"], specs[0], specs[1])  # type: ignore[arg-type]
+        graph.set_codegen(_PyTreeCodeGen(info))
     return graph
 
 
@@ -169,8 +170,9 @@ def encode(value: Any, where: str) -> Any:
         return {"torch": str(value).removeprefix("torch.")}
     if isinstance(value, torch._ops.OpOverload):
         return {"op": str(value)}
-    if getattr(operator, getattr(value, "__name__", ""), None) is value and value.__name__ in _OPERATORS:
-        return {"operator": value.__name__}
+    name = getattr(value, "__name__", "")
+    if name in _OPERATORS and getattr(operator, name) is value:
+        return {"operator": name}
     if callable(value) and hasattr(value, "__qualname__"):
         return {"name": _name_of(value, where)}
     raise FormatError(

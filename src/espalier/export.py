@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from espalier.architecture import from_json, to_json
 from espalier.errors import EspalierError, FormatError
@@ -75,7 +76,7 @@ def _digest(architecture: str, tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -87,8 +88,8 @@ def export_onnx(
     Needs the extra ``onnx`` (``pip install espalier[onnx]``). Raises :class:`FormatError` if the exporter fails.
     """
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
-    shapes = torch.export.ShapesCollection()
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
+    shapes: Any = torch.export.ShapesCollection()
     for tensor in tensors:
         if tensor.shape[0] > 1:
             shapes[tensor] = {0: torch.export.Dim.AUTO}

@@ -7,6 +7,7 @@ the run yields from there on is a constant: mostly zero, but a half after a sigm
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -178,7 +179,7 @@ class Evaluator:
             self.values[node] = self.call(node, args, kwargs)
         return self.values[nodes[-1]]
 
-    def value(self, node: fx.Node) -> object:
+    def value(self, node: fx.Node) -> Any:
         if node not in self.values:
             self.values[node] = self._outside(node)
         return self.values[node]
@@ -203,7 +204,7 @@ class Evaluator:
             return torch.zeros_like(value)
         return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
-    def call(self, node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         if node.op != "call_module":
             return node.target(*args, **kwargs)  # type: ignore[operator]
         module = self.root.get_submodule(str(node.target))

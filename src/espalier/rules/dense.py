@@ -1,5 +1,7 @@
 """Convolutions and linear layers: constant inputs leave the weight, and go into the bias where they count."""
 
+from typing import Any
+
 import torch
 from torch import fx, nn
 
@@ -13,7 +15,7 @@ aten = torch.ops.aten
 def conv(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     """``W x + b`` with the input channels ``gone`` at ``fill``: their part is a constant, unless it meets zero padding."""
     (value,) = values
-    layer = build.module(node)
+    layer: Any = build.module(node)
     if not isinstance(value, Narrowed) or value.dim != node.meta["val"].ndim - layer.weight.ndim + 1:
         return None
     padded = layer.padding_mode == "zeros" and (isinstance(layer.padding, str) or any(layer.padding))
@@ -30,17 +32,16 @@ def conv(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
 def linear(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     """The same over the last axis."""
     (value,) = values
-    layer = build.module(node)
+    layer: Any = build.module(node)
     if not isinstance(value, Narrowed) or value.dim != node.meta["val"].ndim - 1:
         return None
     return _narrow_inputs(build, node, layer, value, layer.weight)
 
 
 def _narrow_inputs(
-    build: Build, node: fx.Node, layer: nn.Module, value: Narrowed, columns: torch.Tensor
+    build: Build, node: fx.Node, layer: Any, value: Narrowed, columns: torch.Tensor
 ) -> fx.Node | None:
     weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
     kept, gone = value.kept.to(weight.device), value.gone.to(weight.device)
     shift = both(value.fill, lambda f: columns.detach()[:, gone] @ f.to(weight))
     narrow = _with_weight(layer, weight[:, kept])
@@ -56,9 +57,8 @@ def _narrow_inputs(
     return build.call(aten.add.Tensor, new, build.constant(both(shift, lambda t: t.reshape(-1, *trailing)), node.name))
 
 
-def _narrow_depthwise(build: Build, node: fx.Node, layer: nn.Module, value: Narrowed) -> Value | None:
+def _narrow_depthwise(build: Build, node: fx.Node, layer: Any, value: Narrowed) -> Value | None:
     weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, torch.Tensor)
     kept, gone = value.kept.to(weight.device), value.gone.to(weight.device)
     narrow = _with_weight(layer, weight[kept])
     narrow.in_channels = narrow.out_channels = narrow.groups = len(kept)
@@ -73,17 +73,16 @@ def _narrow_depthwise(build: Build, node: fx.Node, layer: nn.Module, value: Narr
     return Narrowed(new, value.dim, value.kept, value.total, Constant(fill.evaluated, fill.trained))
 
 
-def _with_weight(layer: nn.Module, weight: torch.Tensor) -> nn.Module:
+def _with_weight(layer: Any, weight: torch.Tensor) -> Any:
     """A shallow copy of the layer (same class, settings, hooks) with another weight."""
     old = layer.weight
-    assert isinstance(old, torch.Tensor)
     narrow = layer.__class__.__new__(layer.__class__)
     narrow.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in layer.__dict__.items()}
     narrow.weight = nn.Parameter(weight.detach().clone(), requires_grad=old.requires_grad)
     return narrow
 
 
-def _set_width(layer: nn.Module, width: int) -> None:
+def _set_width(layer: Any, width: int) -> None:
     if isinstance(layer, nn.Linear):
         layer.in_features = width
     else:

@@ -1,6 +1,7 @@
 """Joint vertices: what is left of a sum, a product or a concatenation when some of its inputs are constants."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,7 +19,7 @@ def add(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     if len(values) == 1:
         return elementwise(build, node, values)
     a, b = values
-    alpha = node.kwargs.get("alpha", 1)
+    alpha: Any = node.kwargs.get("alpha", 1)
     if alpha != 1:
         scaled = both(b, lambda t: t * alpha) if isinstance(b, Constant) else None
         if scaled is None:
@@ -35,7 +36,8 @@ def mul(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     """``a b``: a factor of one vanishes, another constant is multiplied."""
     if len(values) == 1:
         return elementwise(build, node, values)
-    return _pointwise(build, node, *values, aten.mul.Tensor, torch.mul, neutral=1.0)
+    a, b = values
+    return _pointwise(build, node, a, b, aten.mul.Tensor, torch.mul, neutral=1.0)
 
 
 def _pointwise(
@@ -66,6 +68,7 @@ def _pointwise(
         shape[a.dim] = -1
         new = _apply(build, a.node, both(kept, lambda t: t.reshape(shape)), operator, neutral, node.name)
         return Narrowed(new, a.dim, a.kept, a.total, both2(a.fill, gone, function))
+    assert isinstance(a, fx.Node)
     wanted = node.meta["val"]
     if str(tuple(a.meta["val"].shape)) != str(tuple(wanted.shape)):
         sizes = _sizes(build, a, wanted)
@@ -104,21 +107,24 @@ def _ndim(node: fx.Node) -> int:
     return node.meta["val"].ndim
 
 
+def _dim(node: fx.Node) -> int:
+    """The axis along which a concatenation or a stack joins."""
+    args: Any = node.args
+    dim: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
+    return int(dim) % _ndim(node)
+
+
 @rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def cat(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     """Constants leave the concatenation; what reads it is narrowed to the rest."""
-    ndim = node.meta["val"].ndim
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    assert isinstance(dim, int)
-    dim %= ndim
-    sources = node.args[0]
-    assert isinstance(sources, (list, tuple))
+    ndim, dim = _ndim(node), _dim(node)
+    sources: Any = node.args[0]
     pieces: list[fx.Node] = []
     kept: list[torch.Tensor] = []
     fill: list[Constant] = []
     offset = 0
     for source, value in zip(sources, values, strict=True):
-        size = shape_of(source.meta["val"])[dim]  # type: ignore[union-attr]
+        size = shape_of(source.meta["val"])[dim]
         if isinstance(value, Constant):
             vector = along(value, dim, size, ndim)
             if vector is None:
@@ -144,9 +150,7 @@ def cat(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
 @rule(aten.stack.default)
 def stack(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     """As a concatenation along a new axis."""
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    assert isinstance(dim, int)
-    dim %= node.meta["val"].ndim
+    dim = _dim(node)
     kept = [i for i, value in enumerate(values) if isinstance(value, fx.Node)]
     constants = [v for v in values if isinstance(v, Constant) and v.evaluated.numel() == v.trained.numel() == 1]
     if not kept or len(kept) + len(constants) != len(values):

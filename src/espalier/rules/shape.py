@@ -4,6 +4,8 @@ Where each index of a narrowed axis goes is not written down per operator: the o
 index labels, and the labels are read off its result.
 """
 
+from typing import Any
+
 import torch
 from torch import fx, nn
 
@@ -62,7 +64,7 @@ def _owner(build: Build, node: fx.Node, value: Narrowed) -> tuple[int, torch.Ten
     return None
 
 
-def _number(node: fx.Node) -> object:
+def _number(node: fx.Node) -> Any:
     return hint(node.meta.get("val"))
 
 

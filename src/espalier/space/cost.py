@@ -38,7 +38,7 @@ def count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter:
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, dict(kwargs or {})))
-        state = {
+        state: dict[str, torch.Tensor] = {
             name: mode.from_tensor(t) for name, t in (*model.named_parameters(), *model.named_buffers())
         }
         modes = [(m, m.training) for m in model.modules()]

@@ -125,7 +125,7 @@ class _Builder:
         return next((RULES[c] for c in type(module).__mro__ if c in RULES), None)
 
     def _constant_of(self, node: fx.Node) -> None:
-        segment = self.segments.segment_of.get(node)
+        segment = self.segments.segment_of.get(node, -1)
         if node not in self.env and segment in self.removed:
             self.env[node] = self.constant_of(segment)
 

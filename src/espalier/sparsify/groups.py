@@ -8,6 +8,8 @@ from torch import nn
 from espalier.errors import SpaceError
 from espalier.saliency.state import State
 from espalier.space.search_space import SearchSpace
+from espalier.sparsify import foreach
+from espalier.sparsify.foreach import norms
 
 
 class Groups:
@@ -43,8 +45,8 @@ class Groups:
         weight_norm, grad_norm = norms(weights), norms(gradients)
         # <x, g> from |x + s g|² = 2 |x|² + 2 s <x, g>, where s = |x| / |g| keeps both terms of one size.
         scale = torch.where((weight_norm > 0) & (grad_norm > 0), weight_norm / grad_norm.clamp_min(1e-38), 1.0)
-        summed = torch._foreach_mul(list(gradients), list(scale.to(weights[0].dtype).unbind()))
-        torch._foreach_add_(summed, weights)
+        summed = foreach.mul(gradients, scale.to(weights[0].dtype).unbind())
+        foreach.add_(summed, weights)
         dot = (norms(summed).square() - weight_norm.square() - (scale * grad_norm).square()) / (2 * scale)
         return State(
             weight_sq=self.sum(weight_norm.square()),
@@ -54,12 +56,6 @@ class Groups:
             parameters=dict(zip(self.names, weights, strict=True)),
             gradients=dict(zip(self.names, gradients, strict=True)),
         )
-
-
-def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Euclidean norm of each tensor, as one vector, at least in single precision."""
-    stacked = torch.stack(torch._foreach_norm(list(tensors)))
-    return stacked if stacked.dtype == torch.float64 else stacked.float()
 
 
 def all_finite(tensors: Sequence[torch.Tensor], small: int = 16384) -> torch.Tensor:
@@ -72,7 +68,7 @@ def all_finite(tensors: Sequence[torch.Tensor], small: int = 16384) -> torch.Ten
     many = [t for t in tensors if t.numel() >= small]
     parts = []
     if few:
-        joined = torch._utils._flatten_dense_tensors(few)
+        joined = foreach.flattened(few)
         parts.append(torch.linalg.vector_norm(joined if joined.dtype.itemsize >= 4 else joined.float()).float())
     if many:
         parts.append(norms(many).sum().float())

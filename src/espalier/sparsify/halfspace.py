@@ -16,7 +16,9 @@ from espalier.saliency import Saliency, cosine_magnitude
 from espalier.space.budget import Budget, meet
 from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
-from espalier.sparsify.groups import Groups, all_finite, norms
+from espalier.sparsify import foreach
+from espalier.sparsify.foreach import norms
+from espalier.sparsify.groups import Groups, all_finite
 
 
 class H2SPG(Optimizer):
@@ -187,16 +189,16 @@ class H2SPG(Optimizer):
         if not tensors:
             return
         if left <= 1:
-            torch._foreach_zero_(tensors)
+            foreach.zero_(tensors)
             self._shrinking = []
             return
         testing = (self.steps_done - self.warmup_steps) % self.test_every == 0
         before = norms(tensors).square() if testing else None
         for rate, members in self._by_rate(tensors):
-            torch._foreach_add_(members, members, alpha=-1.0 / left)
-            with_gradient = [t for t in members if t.grad is not None]
-            if with_gradient:
-                torch._foreach_add_(with_gradient, [t.grad for t in with_gradient], alpha=-rate)
+            foreach.add_(members, members, alpha=-1.0 / left)
+            pairs = [(t, t.grad) for t in members if t.grad is not None]
+            if pairs:
+                foreach.add_([t for t, _ in pairs], [g for _, g in pairs], alpha=-rate)
         if before is not None:
             self._project(tensors, before, 1.0 - 1.0 / left)
 
@@ -211,7 +213,7 @@ class H2SPG(Optimizer):
         out = (inner < self.epsilon * self.groups.sum(before, rows)) & (self.groups.sum(before, rows) > 0)
         gone = out[self.groups.group[rows]].tolist()
         if any(gone):
-            torch._foreach_zero_([t for t, left in zip(tensors, gone, strict=True) if left])
+            foreach.zero_([t for t, left in zip(tensors, gone, strict=True) if left])
             self._shrinking = [k for k, left in zip(self._shrinking, gone, strict=True) if not left]
 
     def _by_rate(self, tensors: list[nn.Parameter]) -> Iterable[tuple[float, list[nn.Parameter]]]:
