@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from espalier.graph.lift import Call, boundary, is_tensor, stack_of
-from espalier.graph.module import graph_module
+from espalier.graph.module import graph_module, shallow
 from espalier.graph.trace import Trace
 from espalier.rules import Narrowed, Value
 from espalier.rules.value import tensors_of
@@ -29,8 +29,7 @@ def in_own_class(trace: Trace, model: nn.Module, small: Reduced) -> nn.Module | 
     blocks = _blocks_to_replace(trace, small)
     if blocks is None:
         return None
-    whole = copy.copy(model)  # modules are shared, the tree of containers is edited
-    whole = _with_own_tree(whole)
+    whole = _with_own_tree(model)
     for path, layer in small.module.named_modules(remove_duplicate=False):
         if path and not any(path == b.path or path.startswith(f"{b.path}.") for b in blocks):
             _set(whole, path, layer)
@@ -175,9 +174,7 @@ def _block_module(block: _Block, small: Reduced, trace: Trace) -> nn.Module:
 
 def _with_own_tree(model: nn.Module) -> nn.Module:
     """Copies of all containers over the same layers, so that editing the tree leaves ``model`` alone."""
-    model = copy.copy(model)
-    for name in ("_modules", "_parameters", "_buffers"):
-        model.__dict__[name] = dict(model.__dict__[name])
+    model = shallow(model)
     for name, child in model._modules.items():
         if child is not None and any(True for _ in child.children()) and not isinstance(child, fx.GraphModule):
             model._modules[name] = _with_own_tree(child)

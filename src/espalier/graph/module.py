@@ -1,4 +1,4 @@
-"""Graph modules that may read ``self.training``."""
+"""Modules: graph modules that may read ``self.training``, and shallow copies."""
 
 from typing import Any
 
@@ -18,6 +18,16 @@ class ModalGraphModule(fx.GraphModule):
 
         tensors: dict[str, torch.Tensor] = {}
         return _rebuilt, (to_json(self, tensors), {name: t.detach() for name, t in tensors.items()})
+
+
+def shallow(module: nn.Module) -> Any:
+    """Another module of the same class with the same settings, over the same tensors and children.
+
+    Assigning to either leaves the other alone. (``copy.copy`` goes through pickling, which some modules refuse.)
+    """
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+    return twin
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:

@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 
 from espalier.graph.constants import Constant
+from espalier.graph.module import shallow
 from espalier.rules.value import Build, Narrowed, Value, both, rule
 
 aten = torch.ops.aten
@@ -75,10 +76,8 @@ def _narrow_depthwise(build: Build, node: fx.Node, layer: Any, value: Narrowed) 
 
 def _with_weight(layer: Any, weight: torch.Tensor) -> Any:
     """A shallow copy of the layer (same class, settings, hooks) with another weight."""
-    old = layer.weight
-    narrow = layer.__class__.__new__(layer.__class__)
-    narrow.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in layer.__dict__.items()}
-    narrow.weight = nn.Parameter(weight.detach().clone(), requires_grad=old.requires_grad)
+    narrow = shallow(layer)
+    narrow.weight = nn.Parameter(weight.detach().clone(), requires_grad=layer.weight.requires_grad)
     return narrow
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import fx, nn
 
 from espalier.graph.constants import Constant
+from espalier.graph.module import shallow
 from espalier.rules.value import Build, Narrowed, Value, rule
 
 
@@ -15,8 +16,7 @@ def batch_norm(build: Build, node: fx.Node, values: list[Value]) -> Value | None
     if not isinstance(value, Narrowed) or value.dim != 1 or not isinstance(layer, nn.modules.batchnorm._BatchNorm):
         return None
     kept, gone = value.kept, value.gone
-    narrow = layer.__class__.__new__(layer.__class__)
-    narrow.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in layer.__dict__.items()}
+    narrow = shallow(layer)
     narrow.num_features = len(kept)
     for name, tensor in (("weight", layer.weight), ("bias", layer.bias)):
         if tensor is not None:
