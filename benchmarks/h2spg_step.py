@@ -24,7 +24,11 @@ def measure(name: str, model: nn.Module, x: torch.Tensor, runs: int = 41) -> Non
     base = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, foreach=True)
     tensors = sum(1 for _ in model.parameters())
     print(f"{name}: {tensors} tensors, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    for phase, warmup, projection, skip in (("warm-up", 10**6, 1, 3), ("hybrid", 1, 10**6, 3), ("done", 1, 1, 3)):
+    for phase, warmup, projection, skip in (
+        ("warm-up", 10**6, 1, 3),
+        ("hybrid", 1, 10**6, 3),
+        ("done", 1, 1, 3),
+    ):
         opt = espalier.H2SPG(
             space, budget=espalier.Budget(structures=0.5), lr=1e-6, momentum=0.9, foreach=True,
             warmup_steps=warmup, projection_steps=projection,

@@ -24,7 +24,8 @@ class Cell(nn.Module):
     def __init__(self, width: int = 8):
         super().__init__()
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, width, k, padding=k // 2), nn.BatchNorm2d(width), nn.ReLU()) for k in (1, 3, 5)
+            nn.Sequential(nn.Conv2d(width, width, k, padding=k // 2), nn.BatchNorm2d(width), nn.ReLU())
+            for k in (1, 3, 5)
         )
         self.mix = nn.Conv2d(4 * width, width, 1)
 

@@ -1,6 +1,6 @@
 """ResNet-50's whole search space against its ``torch.export`` alone, in turn.
 
-    python benchmarks/space_time.py
+python benchmarks/space_time.py
 """
 
 import statistics

@@ -112,9 +112,7 @@ def records() -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="run the models again whose names start so")
     parser.add_argument("--again", action="store_true", help="run again what failed or was not exact")
     parser.add_argument("--table", action="store_true", help="write the table from the records and stop")

@@ -16,9 +16,7 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def run_from_same_state(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
-) -> Any:
+def run_from_same_state(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Any:
     """One forward pass under one seed; (outputs, what it left in the buffers), the buffers put back."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     modes = [(m, m.training) for m in model.modules()]
@@ -113,9 +111,7 @@ def random_removal(space: espalier.SearchSpace, seed: int) -> espalier.Solution:
     rng = random.Random(seed)
     names = [s.name for s in space.structures]
     rng.shuffle(names)
-    return space.solution(
-        removed=space.removable_in_order(names, stop_at=rng.randint(1, max(1, len(names) * 2 // 3)))
-    )
+    return space.solution(removed=space.removable_in_order(names, stop_at=rng.randint(1, max(1, len(names) * 2 // 3))))
 
 
 def constructed(space: espalier.SearchSpace, solution: espalier.Solution) -> dict[bool, float]:

@@ -20,9 +20,7 @@ def import_torchvision() -> Any:
     """torchvision, also beside a torch without CUDA: its compiled operators are declared, never called."""
     for name in ("nms", "qnms"):
         try:
-            torch.library.define(
-                f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         except RuntimeError:
             break  # declared before, or by torchvision itself
     import torchvision

@@ -165,9 +165,7 @@ def zoo() -> dict[str, Callable[[], Example]]:
         ("segmentation", models.segmentation),
         ("video", models.video),
     ):
-        vision |= {
-            f"torchvision/{name}": _torchvision(name, kind) for name in models.list_models(module=module)
-        }
+        vision |= {f"torchvision/{name}": _torchvision(name, kind) for name in models.list_models(module=module)}
     for timm_name, vision_name in zip_longest(TIMM, vision):
         if vision_name:
             entries[vision_name] = vision[vision_name]

@@ -44,9 +44,7 @@ def verdict(record: dict[str, Any]) -> str:
     bad = [f"{mode}: {record[mode]:.1e}" for mode in ("eval", "train") if record[mode] != 0.0]
     bound = BOUND[record["dtype"]]
     bad += [
-        f"small {mode}: {gap:.1e}"
-        for mode in ("eval", "train")
-        if (gap := record.get(f"small_{mode}", 0.0)) > bound
+        f"small {mode}: {gap:.1e}" for mode in ("eval", "train") if (gap := record.get(f"small_{mode}", 0.0)) > bound
     ]
     return ", ".join(bad)
 

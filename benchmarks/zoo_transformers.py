@@ -18,9 +18,7 @@ def _pixels(side: int = 32) -> torch.Tensor:
 def transformers_models() -> Mapping[str, Callable[[], Example]]:
     """Name → maker. The sizes are the smallest that keep every kind of layer of the architecture."""
 
-    def text(
-        cls: str, inputs: Callable[[], dict[str, Any]] | None = None, **settings: Any
-    ) -> Callable[[], Example]:
+    def text(cls: str, inputs: Callable[[], dict[str, Any]] | None = None, **settings: Any) -> Callable[[], Example]:
         def make() -> Example:
             import_torchvision()
             import transformers

@@ -119,9 +119,7 @@ def test_inputs_are_parsed():
 
 def test_version_help_and_a_wrong_word():
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "espalier.cli", *arguments], capture_output=True, text=True
-        )
+        return subprocess.run([sys.executable, "-m", "espalier.cli", *arguments], capture_output=True, text=True)
 
     version = run("--version")
     assert (version.returncode, version.stdout.strip()) == (0, f"espalier {espalier.__version__}")

@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
+from networks import Nested, OnePlus, Residual, SharedTwice, SqueezeExcite, TwoBranches, equal_in_both_modes
 from torch import Tensor, fx, nn
 
 import espalier
 from espalier.models.demonet import DemoNet
-from networks import Nested, OnePlus, Residual, SharedTwice, SqueezeExcite, TwoBranches, equal_in_both_modes
 
 
 def shaken(model: nn.Module) -> nn.Module:

@@ -15,9 +15,7 @@ from espalier.data.dataset import stratified
 from espalier.data.store import data_root
 
 FILES = ("_torchvision", "augment", "batches", "dataset", "digits", "info", "prepare", "store")
-needs_real = pytest.mark.skipif(
-    not os.environ.get("ESPALIER_DATA"), reason="real data: ESPALIER_DATA names no folder"
-)
+needs_real = pytest.mark.skipif(not os.environ.get("ESPALIER_DATA"), reason="real data: ESPALIER_DATA names no folder")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -43,9 +41,7 @@ def arrays(known, tmp_path):
 
 
 def test_load_gives_memory_mapped_disjoint_stratified_splits(arrays):
-    train, held, test = (
-        load("mnist", split, arrays, validation=10) for split in ("train", "validation", "test")
-    )
+    train, held, test = (load("mnist", split, arrays, validation=10) for split in ("train", "validation", "test"))
     assert isinstance(train.images, np.memmap)
     assert (len(train), len(held), len(test)) == (30, 10, 20)
     assert sorted([*train.rows, *held.rows]) == list(range(40))

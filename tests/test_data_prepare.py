@@ -48,9 +48,7 @@ def damage_empty(path: Path) -> None:
 
 
 def idx(array: np.ndarray) -> bytes:
-    return (
-        bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
-    )
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
 
 
 def raw_mnist(raw: Path, rng: np.random.Generator) -> Content:
@@ -187,9 +185,7 @@ def raw_imagenet(raw: Path, rng: np.random.Generator) -> dict[str, str]:
     raw.mkdir(parents=True)
     wnids = [f"n{i:08d}" for i in range(4)]
     kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
-    synsets = np.array(
-        [(i + 1, w, f"thing {i}, other", "gloss", 0) for i, w in enumerate(wnids)], dtype=kinds
-    )
+    synsets = np.array([(i + 1, w, f"thing {i}, other", "gloss", 0) for i, w in enumerate(wnids)], dtype=kinds)
     meta = io.BytesIO()
     scipy_io.savemat(meta, {"synsets": synsets})
     truth = "".join(f"{i % 4 + 1}\n" for i in range(20))
@@ -213,9 +209,7 @@ def raw_imagenet(raw: Path, rng: np.random.Generator) -> dict[str, str]:
 def test_prepare_imagenet_from_its_three_archives(small, tmp_path, monkeypatch):
     module = import_torchvision().datasets.imagenet
     sums = raw_imagenet(tmp_path / "raw" / "imagenet", np.random.default_rng(0))
-    monkeypatch.setattr(
-        module, "ARCHIVE_META", {k: (f, sums[f]) for k, (f, _) in module.ARCHIVE_META.items()}
-    )
+    monkeypatch.setattr(module, "ARCHIVE_META", {k: (f, sums[f]) for k, (f, _) in module.ARCHIVE_META.items()})
     prepare("imagenet", tmp_path, download=False, size=32)
     for split, count in (("train", 40), ("test", 20)):
         images, labels = open_arrays(DATASETS["imagenet"], split, tmp_path)

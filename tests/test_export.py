@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import Residual, TwoBranches, equal_in_both_modes
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 import espalier
 from espalier.errors import FormatError
 from espalier.models.demonet import DemoNet
-from networks import Residual, TwoBranches, equal_in_both_modes
 
 X = torch.randn(2, 3, 32, 32)
 
@@ -104,9 +104,21 @@ def test_a_valid_digest_does_not_make_code_run(tmp_path: Path) -> None:
     from espalier.export import _digest
 
     architecture = json.dumps(
-        {"training": True, "parameters": {}, "buffers": {}, "modules": {}, "transient": [], "class": "os:system", "attributes": {}}
+        {
+            "training": True,
+            "parameters": {},
+            "buffers": {},
+            "modules": {},
+            "transient": [],
+            "class": "os:system",
+            "attributes": {},
+        }
     )
-    header = {"format": "espalier.module.1", "architecture": architecture, "digest": _digest(architecture, {})}
+    header = {
+        "format": "espalier.module.1",
+        "architecture": architecture,
+        "digest": _digest(architecture, {}),
+    }
     save_file({}, tmp_path / "evil", metadata=header)
     with pytest.raises(FormatError, match="trust"):
         espalier.load(tmp_path / "evil")
@@ -163,6 +175,8 @@ def test_tensors_in_dicts(tmp_path: Path) -> None:
 
     batch = {"x": torch.randn(2, 4), "y": torch.randn(2, 4)}
     space = espalier.search_space(Named(), (batch,))
-    small = espalier.construct(space, space.solution(["b-mul"] if "b-mul" in space._by_name else [space.structures[-1].name]))
+    small = espalier.construct(
+        space, space.solution(["b-mul"] if "b-mul" in space._by_name else [space.structures[-1].name])
+    )
     espalier.save(small, tmp_path / "n")
     assert torch.equal(espalier.load(tmp_path / "n")(batch)["sum"], small(batch)["sum"])

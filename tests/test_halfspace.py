@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from networks import TwoBranches, Wide, equal_in_both_modes
 from torch import Tensor, nn
 
 import espalier
 from espalier.errors import BudgetError, InvalidSolution, TrainingError
 from espalier.saliency import State, cosine_magnitude, magnitude
 from espalier.sparsify.groups import Groups
-from networks import TwoBranches, Wide, equal_in_both_modes
 
 
 def wide(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Wide, espalier.SearchSpace, Tensor, Tensor]:
@@ -36,7 +36,9 @@ def train(model: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tensor, st
         (torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.9)}),
     ],
 )
-@pytest.mark.parametrize("bound", [{"structures": 0.5}, {"params": 0.6}, {"macs": 0.4}, {"structures": 0.8, "params": 0.5}])
+@pytest.mark.parametrize(
+    "bound", [{"structures": 0.5}, {"params": 0.6}, {"macs": 0.4}, {"structures": 0.8, "params": 0.5}]
+)
 def test_ends_with_exactly_the_budget_at_zero(base: Any, arguments: dict[str, Any], bound: dict[str, float]) -> None:
     model, space, x, y = wide()
     budget = espalier.Budget(**bound)
@@ -66,7 +68,14 @@ def test_ends_with_exactly_the_budget_at_zero(base: Any, arguments: dict[str, An
 def test_warm_up_and_survivors_follow_the_base_rule() -> None:
     model, space, x, y = wide()
     plain = copy.deepcopy(model)
-    opt = espalier.H2SPG(space, budget=espalier.Budget(structures=0.5), lr=0.05, momentum=0.9, warmup_steps=4, projection_steps=3)
+    opt = espalier.H2SPG(
+        space,
+        budget=espalier.Budget(structures=0.5),
+        lr=0.05,
+        momentum=0.9,
+        warmup_steps=4,
+        projection_steps=3,
+    )
     base = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
     train(model, opt, x, y, 4)
     train(plain, base, x, y, 4)
@@ -91,7 +100,13 @@ def test_half_space_test_equals_the_loop_over_groups() -> None:
     torch.manual_seed(3)
     model, space, _, _ = wide(3)
     opt = espalier.H2SPG(
-        space, budget=espalier.Budget(structures=0.25), lr=1.0, warmup_steps=1, projection_steps=50, test_every=1, epsilon=0.3
+        space,
+        budget=espalier.Budget(structures=0.25),
+        lr=1.0,
+        warmup_steps=1,
+        projection_steps=50,
+        test_every=1,
+        epsilon=0.3,
     )
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -157,7 +172,11 @@ def test_saliency_state_equals_the_loop() -> None:
     groups = Groups(space)
     state = groups.state([t.grad for t in groups.tensors if t.grad is not None])
     for i, structure in enumerate(space.structures):
-        pairs = [(p.detach().flatten(), p.grad.flatten()) for n in structure.parameters if (p := model.get_parameter(n)).grad is not None]
+        pairs = [
+            (p.detach().flatten(), p.grad.flatten())
+            for n in structure.parameters
+            if (p := model.get_parameter(n)).grad is not None
+        ]
         w, g = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
         torch.testing.assert_close(state.weight_sq[i], w @ w)
         torch.testing.assert_close(state.grad_sq[i], g @ g)
@@ -175,7 +194,14 @@ def test_own_saliency() -> None:
     def last_first(space: espalier.SearchSpace, state: State) -> Tensor:
         return -torch.arange(len(space), dtype=torch.float64)
 
-    opt = espalier.H2SPG(space, budget=espalier.Budget(structures=0.75), lr=0.1, saliency=last_first, warmup_steps=1, projection_steps=2)
+    opt = espalier.H2SPG(
+        space,
+        budget=espalier.Budget(structures=0.75),
+        lr=0.1,
+        saliency=last_first,
+        warmup_steps=1,
+        projection_steps=2,
+    )
     train(model, opt, x, y, 3)
     assert opt.redundant == tuple(s.name for s in space.structures[:-3:-1])
 
@@ -187,7 +213,14 @@ def test_resumes_bit_identically_in_every_phase(stop: int, base: Any, tmp_path: 
         model, space, x, y = wide(dtype=torch.float32)
         momentum = {"momentum": 0.9} if base is torch.optim.SGD else {}
         opt = espalier.H2SPG(
-            space, base, espalier.Budget(structures=0.5), lr=0.02, warmup_steps=4, projection_steps=8, test_every=2, **momentum
+            space,
+            base,
+            espalier.Budget(structures=0.5),
+            lr=0.02,
+            warmup_steps=4,
+            projection_steps=8,
+            test_every=2,
+            **momentum,
         )
         return model, opt, torch.optim.lr_scheduler.CosineAnnealingLR(opt, 15), x, y
 
@@ -200,7 +233,10 @@ def test_resumes_bit_identically_in_every_phase(stop: int, base: Any, tmp_path: 
     go(model, opt, schedule, x, y, 15)
     first, opt1, schedule1, _, _ = start()
     go(first, opt1, schedule1, x, y, stop)
-    torch.save({"model": first.state_dict(), "opt": opt1.state_dict(), "schedule": schedule1.state_dict()}, tmp_path / "c.pt")
+    torch.save(
+        {"model": first.state_dict(), "opt": opt1.state_dict(), "schedule": schedule1.state_dict()},
+        tmp_path / "c.pt",
+    )
     again, opt2, schedule2, _, _ = start()
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     again.load_state_dict(saved["model"])

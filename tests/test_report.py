@@ -64,10 +64,7 @@ def crossed(box, points) -> bool:
 def test_no_two_boxes_overlap_and_edges_go_down(seed):
     sizes, edges = random_graph(60, seed)
     laid = layout(sizes, edges)
-    boxes = [
-        (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-        for (x, y), (w, h) in zip(laid.centres, sizes, strict=True)
-    ]
+    boxes = [(x - w / 2, y - h / 2, x + w / 2, y + h / 2) for (x, y), (w, h) in zip(laid.centres, sizes, strict=True)]
     for i, a in enumerate(boxes):
         assert a[0] >= -1e-6
         assert a[1] >= -1e-6

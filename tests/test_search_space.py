@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from networks import Nested, OnePlus, Product, SharedTwice, SqueezeExcite, TwoBranches, Wide
 from torch import nn
 
 import espalier
 from espalier.errors import BudgetError, InvalidSolution, SpaceError, TraceError
 from espalier.models.demonet import DemoNet
-from networks import Nested, OnePlus, Product, SharedTwice, SqueezeExcite, TwoBranches, Wide
 
 IMAGE = (torch.randn(2, 3, 32, 32),)
 VECTOR = (torch.randn(3, 4),)

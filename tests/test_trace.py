@@ -159,9 +159,7 @@ def test_the_first_of_several_attentions_is_one_call_too():
         check(traced)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-    assert [name for name in called(traced) if name.endswith("self_attn")] == [
-        f"{i}.self_attn" for i in range(3)
-    ]
+    assert [name for name in called(traced) if name.endswith("self_attn")] == [f"{i}.self_attn" for i in range(3)]
 
 
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])

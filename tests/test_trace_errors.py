@@ -46,7 +46,7 @@ IMAGE = torch.randn(2, 3, 8, 8)
     ids=["shape", "integers", "double"],
 )
 def test_example_inputs_that_a_layer_refuses(args: tuple, kwargs: dict):
-    with pytest.raises(TraceError, match=r"module 'block\.conv' \(.*conv\.py:\d+\)") as error:
+    with pytest.raises(TraceError, match=r"module 'block\.conv' \(.*test_trace_errors\.py:\d+\)") as error:
         trace(Net(Block()), args, kwargs)
     assert "mend the inputs (number, shapes, dtypes)" in str(error.value)
 

@@ -28,8 +28,29 @@ _GRAPH_INTERNALS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) | {
     "forward",
     "shape_env",
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-_OPERATORS = {"getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge"}
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+)
+_OPERATORS = {
+    "getitem",
+    "add",
+    "sub",
+    "mul",
+    "floordiv",
+    "truediv",
+    "mod",
+    "neg",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+}
 
 
 def to_json(module: nn.Module, tensors: dict[str, torch.Tensor], path: str = "") -> dict[str, Any]:
@@ -75,7 +96,10 @@ def build(described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
 
 
 def _build(
-    described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], allow: frozenset[str] | None, made: dict[str, nn.Parameter]
+    described: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    allow: frozenset[str] | None,
+    made: dict[str, nn.Parameter],
 ) -> nn.Module:
     if "graph" in described:
         module = nn.Module()
@@ -107,7 +131,9 @@ def _build(
 
 def _refuse_hooks(module: nn.Module, path: str) -> None:
     if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise FormatError(f"module '{path or '<root>'}' has hooks, which are code and cannot be saved: remove them first.")
+        raise FormatError(
+            f"module '{path or '<root>'}' has hooks, which are code and cannot be saved: remove them first."
+        )
 
 
 # Graphs.
@@ -116,7 +142,9 @@ def _refuse_hooks(module: nn.Module, path: str) -> None:
 def _graph_to_json(graph: fx.Graph, path: str) -> dict[str, Any]:
     nodes = []
     for node in graph.nodes:
-        target = encode(node.target, f"node '{node.name}' of '{path or '<root>'}'") if callable(node.target) else node.target
+        target = (
+            encode(node.target, f"node '{node.name}' of '{path or '<root>'}'") if callable(node.target) else node.target
+        )
         nodes.append([node.op, node.name, target, encode(node.args, node.name), encode(node.kwargs, node.name)])
     described: dict[str, Any] = {"nodes": nodes}
     info = getattr(graph._codegen, "pytree_info", None)
@@ -155,7 +183,11 @@ def encode(value: Any, where: str) -> Any:
         return value if value == value and abs(value) != float("inf") else {"float": str(value)}
     if isinstance(value, fx.Node):
         return {"node": value.name}
-    if isinstance(value, torch.Size) or type(value) in (tuple, list) or isinstance(value, fx.immutable_collections.immutable_list):
+    if (
+        isinstance(value, torch.Size)
+        or type(value) in (tuple, list)
+        or isinstance(value, fx.immutable_collections.immutable_list)
+    ):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [encode(v, where) for v in value]}
     if isinstance(value, dict) and all(isinstance(k, str) for k in value):
@@ -225,7 +257,8 @@ def _import(name: str, allow: frozenset[str] | None) -> Any:
     package = module.partition(".")[0]
     if allow is not None and package not in allow:
         raise FormatError(
-            f"the file needs '{name}'. If you trust that package, load it with espalier.load(path, allow=('{package}',))."
+            f"the file needs '{name}'. If you trust that package, load the file with "
+            f"espalier.load(path, allow=('{package}',))."
         )
     try:
         found: Any = importlib.import_module(module)

@@ -63,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if run(command, console) else 1
         from espalier.report.inspection import inspect
 
-        inspect(
-            command.factory, command.input, command.levels, command.keep, command.out, command.svg, console
-        )
+        inspect(command.factory, command.input, command.levels, command.keep, command.out, command.svg, console)
     except (EspalierError, OSError) as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         return 2

@@ -107,9 +107,7 @@ def run(demo: Demo, console: Console) -> bool:
     demo.out.mkdir(parents=True, exist_ok=True)
     checks = _check(space.masked(solution), small, model, data.test[0])
     checks += _save_and_check(small, example, demo.out)
-    networks = measure_all(
-        {"full network": full, "sub-network": small}, (example,), lambda n: accuracy(n, data.test)
-    )
+    networks = measure_all({"full network": full, "sub-network": small}, (example,), lambda n: accuracy(n, data.test))
     traced = trace(small, (example,))
     figures += [
         segment_figure(space, solution.removed, "Redundant structures"),
@@ -137,15 +135,11 @@ def run(demo: Demo, console: Console) -> bool:
         replace(figures[2], title="2. What the training drove to zero"),
         folded_figure(traced, "3. The sub-network"),
     ]
-    write_text(
-        demo.out / "networks.svg", draw_beside(panels, "DemoNet: segments, redundant structures, sub-network")
-    )
+    write_text(demo.out / "networks.svg", draw_beside(panels, "DemoNet: segments, redundant structures, sub-network"))
     console.print("", results_table(networks), note, "", checks_table(checks), "")
     console.print(f"Removed: {', '.join(solution.removed)}")
     names = ("report.html", "networks.svg", "small.espalier", "small.onnx")
-    console.print(
-        f"Wrote {', '.join(str(demo.out / name) for name in names)} in {time.perf_counter() - started:.0f} s"
-    )
+    console.print(f"Wrote {', '.join(str(demo.out / name) for name in names)} in {time.perf_counter() - started:.0f} s")
     return all(check.passed for check in checks)
 
 
@@ -228,9 +222,7 @@ def _check(masked: nn.Module, small: nn.Module, trained: nn.Module, images: Tens
     for kind, bound in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         inputs = images.to(kind)
         for mode in ("eval", "train"):
-            one, other = (
-                copy.deepcopy(network).to(kind).train(mode == "train") for network in (masked, small)
-            )
+            one, other = (copy.deepcopy(network).to(kind).train(mode == "train") for network in (masked, small))
             expected, found = one(inputs), other(inputs)
             name = f"sub-network = zeroed network, {mode}, {str(kind).removeprefix('torch.')}"
             words = f"{len(images)} images, outputs up to {float(expected.abs().max()):.3g}"
@@ -263,9 +255,7 @@ def _onnx_gap(path: Path, example: Tensor, expected: Tensor) -> float:
     try:
         import onnxruntime
     except ImportError as error:
-        raise EspalierError(
-            "the ONNX file is checked by onnxruntime: pip install 'espalier[demo]'"
-        ) from error
+        raise EspalierError("the ONNX file is checked by onnxruntime: pip install 'espalier[demo]'") from error
     running = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (found,) = running.run(None, {running.get_inputs()[0].name: example.numpy()})
     return difference(torch.from_numpy(found), expected)

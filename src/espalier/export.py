@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,12 @@ def save(module: nn.Module, path: str | Path) -> None:
     stored = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     header = {"format": _FORMAT, "architecture": architecture, "digest": _digest(architecture, stored)}
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         save_file(stored, temporary, metadata=header)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -81,7 +79,10 @@ def _digest(architecture: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def export_onnx(
-    module: nn.Module, args: tuple[Any, ...] | torch.Tensor, path: str | Path, kwargs: Mapping[str, Any] | None = None
+    module: nn.Module,
+    args: tuple[Any, ...] | torch.Tensor,
+    path: str | Path,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``module`` in eval mode as ONNX, with a free batch dimension where the module allows it.
 
@@ -101,7 +102,9 @@ def export_onnx(
         assert program is not None
         program.save(str(path))
     except ImportError as error:
-        raise FormatError(f"ONNX export needs packages that are not installed ({error}): pip install espalier[onnx].") from error
+        raise FormatError(
+            f"ONNX export needs packages that are not installed ({error}): pip install espalier[onnx]."
+        ) from error
     finally:
         for m, mode in modes:
             m.training = mode

@@ -54,7 +54,7 @@ def _blocks_to_replace(trace: Trace, small: Reduced) -> list[_Block] | None:
     chosen: dict[str, _Block] = {}
     refused: set[str] = set()
     for node in trace.graph.nodes:
-        if node.op == "placeholder" or not is_tensor(node) and node.op != "output" or _unchanged(node, small, there):
+        if node.op == "placeholder" or (not is_tensor(node) and node.op != "output") or _unchanged(node, small, there):
             continue
         if node.op == "output" or any(key in chosen for key, _ in stack_of(node)):
             if node.op == "output":
@@ -122,7 +122,7 @@ def _as_block(call: Call, times: int, small: Reduced, there: set[fx.Node]) -> _B
 
 
 def _belongs(target: str, path: str) -> bool:
-    return target.startswith(f"{path}.") or target == "training" or target.startswith("constant_")
+    return target == "training" or target.startswith((f"{path}.", "constant_"))
 
 
 def _between(source: fx.Node, result: fx.Node) -> list[fx.Node] | None:
@@ -147,7 +147,8 @@ def _between(source: fx.Node, result: fx.Node) -> list[fx.Node] | None:
 
 def _block_module(block: _Block, small: Reduced, trace: Trace) -> nn.Module:
     source, result = _now(small.value_of[block.source]), _now(small.value_of[block.result])
-    assert source is not None and result is not None
+    assert source is not None
+    assert result is not None
     if source is result:
         return nn.Identity()
     graph, root = fx.Graph(), nn.Module()
@@ -188,10 +189,9 @@ def _set(root: nn.Module, path: str, value: object) -> None:
             root.add_module(parent, nn.Module())
         root = getattr(root, parent)
     if isinstance(value, nn.Module):
-        if isinstance(getattr(root, name, None), nn.Module) and any(True for _ in getattr(root, name).children()):
-            if type(value) is nn.Module:
-                return  # an empty shell of the graph's tree, not a layer
-        root._modules[name] = value
+        shell = type(value) is nn.Module  # of the graph's tree of names: not a layer
+        if not (shell and isinstance(getattr(root, name, None), nn.Module)):
+            root._modules[name] = value
     elif isinstance(value, nn.Parameter):
         root.register_parameter(name, value)
     elif isinstance(value, torch.Tensor):
@@ -232,4 +232,6 @@ def _tensors(tree: object) -> list[torch.Tensor]:
 
 def _same(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> bool:
     a, b = list(a), list(b)
-    return len(a) == len(b) and all(x.shape == y.shape and torch.allclose(x, y, 1e-5, 1e-6, True) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.allclose(x, y, 1e-5, 1e-6, True) for x, y in zip(a, b, strict=True)
+    )

@@ -91,9 +91,7 @@ class Augment:
             images = crop(images, draws["top"], draws["left"], height, width)
         return flip(images, draws["flip"]) if self.flip else images
 
-    def colour(
-        self, images: Tensor, labels: Tensor, classes: int, draws: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def colour(self, images: Tensor, labels: Tensor, classes: int, draws: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Cutout and MixUp of normalised float images; labels become [B, classes] under MixUp."""
         if self.cutout:
             images = cutout(images, draws["y"], draws["x"], self.cutout)

@@ -87,9 +87,7 @@ class Batches:
     def _order(self) -> np.ndarray:
         count = len(self.dataset)
         return (
-            np.random.default_rng((0, self.seed, self.epoch)).permutation(count)
-            if self.shuffle
-            else np.arange(count)
+            np.random.default_rng((0, self.seed, self.epoch)).permutation(count) if self.shuffle else np.arange(count)
         )
 
     def _make(self, order: np.ndarray, batch: int) -> tuple[Tensor, Tensor]:

@@ -29,9 +29,7 @@ class Call:
 def stack_of(node: fx.Node) -> list[tuple[str, str]]:
     """(call key, dotted path) of every module call around the node, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
-    return [
-        (key, entry[0]) for key, entry in stack.items() if key != "_empty_nn_module_stack_from_metadata_hook"
-    ]
+    return [(key, entry[0]) for key, entry in stack.items() if key != "_empty_nn_module_stack_from_metadata_hook"]
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -188,16 +188,10 @@ def _drop_updates(graph: fx.Graph, call: Call) -> None:
             call.nodes.remove(node)
 
 
-def _follow_training(
-    graph: fx.Graph, pairs: list[tuple[fx.Node, fx.Node]], only_trained: set[fx.Node]
-) -> str:
+def _follow_training(graph: fx.Graph, pairs: list[tuple[fx.Node, fx.Node]], only_trained: set[fx.Node]) -> str:
     """Replace every scalar argument that differs between the modes; '' or why the graphs do not match."""
     same = dict(pairs)
-    same |= (
-        dict(zip(_of(graph, "placeholder"), _of(pairs[0][1].graph, "placeholder"), strict=True))
-        if pairs
-        else {}
-    )
+    same |= dict(zip(_of(graph, "placeholder"), _of(pairs[0][1].graph, "placeholder"), strict=True)) if pairs else {}
 
     def counterpart(node: fx.Node) -> fx.Node | None:
         while node in only_trained or node.target in _LAYOUT:
@@ -215,9 +209,7 @@ def _follow_training(
             if isinstance(a, fx.Node) and isinstance(b, fx.Node):
                 if not is_tensor(a) and not is_tensor(b):
                     continue  # a size, which both modes compute alike
-                if not (a.op == b.op == "get_attr" and a.target == b.target) and counterpart(
-                    a
-                ) is not _beneath(b):
+                if not (a.op == b.op == "get_attr" and a.target == b.target) and counterpart(a) is not _beneath(b):
                     return f"the call of {node.target} reads another tensor in train mode"
             elif type(a) is not type(b) or a != b:
                 if isinstance(a, (fx.Node, torch.Tensor)) or isinstance(b, (fx.Node, torch.Tensor)):
@@ -264,9 +256,7 @@ def _spell_out_defaults(node: fx.Node, other: fx.Node) -> None:
         keywords = set(node.kwargs) | set(other.kwargs)
         call.args = tuple(given.get(a.name, a.default_value) for a in needed)
         call.kwargs = {
-            a.name: given.get(a.name, a.default_value)
-            for a in schema.arguments[len(needed) :]
-            if a.name in keywords
+            a.name: given.get(a.name, a.default_value) for a in schema.arguments[len(needed) :] if a.name in keywords
         }
 
 

@@ -2,9 +2,12 @@
 
 import re
 import traceback
+from pathlib import Path
 
+import torch
 from torch import fx, nn
 
+_TORCH = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
@@ -18,7 +21,8 @@ def module_path(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """``file.py:12`` of the call in the user's code, '' if unknown."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    own = [frame for frame in frames if not _is_torch(frame[0])] or frames
+    return f"{own[-1][0]}:{own[-1][1]}" if own else ""
 
 
 def where(node: fx.Node) -> str:
@@ -30,9 +34,15 @@ def where(node: fx.Node) -> str:
 def where_raised(model: nn.Module, error: BaseException) -> tuple[str, str]:
     """(dotted path, ``file.py:12``) of the innermost module of ``model`` in the error's traceback."""
     names = {id(module): name for name, module in model.named_modules()}
-    path, line = "", ""
+    path = own = line = ""
     for frame, lineno in traceback.walk_tb(error.__traceback__):
-        owner = id(frame.f_locals.get("self"))
+        first_argument = (*frame.f_code.co_varnames, "self")[0]
+        owner = id(frame.f_locals.get(first_argument))
         if owner in names:
             path, line = names[owner], f"{frame.f_code.co_filename}:{lineno}"
-    return path, line
+            own = own if _is_torch(frame.f_code.co_filename) else line
+    return path, own or line
+
+
+def _is_torch(file: str) -> bool:
+    return file.startswith(_TORCH)

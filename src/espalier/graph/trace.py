@@ -50,9 +50,7 @@ class Trace:
         return pytree.tree_leaves((self.args, self.kwargs))
 
 
-def trace(
-    model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mapping[str, Any] | None = None
-) -> Trace:
+def trace(model: nn.Module, args: tuple[Any, ...] | torch.Tensor, kwargs: Mapping[str, Any] | None = None) -> Trace:
     """Trace ``model`` on example inputs.
 
     >>> traced = trace(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), (torch.randn(3, 4),))
@@ -122,9 +120,7 @@ def _exported(
     return graph, codegen
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]
-) -> ExportedProgram:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]) -> ExportedProgram:
     composite = [name for name, m in model.named_modules() if name and isinstance(m, SIGNATURE_LAYERS)]
     inner = {name for name in composite if any(name.startswith(f"{outer}.") for outer in composite)}
     signed = tuple(name for name in composite if name not in inner)
@@ -142,8 +138,7 @@ def _export(
         program = export(shapes, signed)
         if any(t.ndim and t.shape[0] > 1 for t in _tensors((args, kwargs))) and not _batch_is_free(program):
             notes.append(
-                "the first dimension of the inputs (batch) is fixed at the example's: "
-                "the model's code depends on it"
+                "the first dimension of the inputs (batch) is fixed at the example's: the model's code depends on it"
             )
         return program
     except Exception as error:
@@ -154,9 +149,7 @@ def _export(
         except Exception as error:
             failure = error
             continue
-        notes.append(
-            f"the first dimension of the inputs (batch) is fixed at the example's: {_first_line(free_batch)}"
-        )
+        notes.append(f"the first dimension of the inputs (batch) is fixed at the example's: {_first_line(free_batch)}")
         return program
     raise _explained(model, failure) from failure
 
@@ -199,9 +192,7 @@ def _check_model(model: nn.Module) -> None:
         raise TraceError("the model is wrapped for parallel training: pass its .module, and wrap afterwards.")
     lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
-        raise TraceError(
-            f"parameter '{lazy[0]}' is not initialised yet: run the model once on example inputs."
-        )
+        raise TraceError(f"parameter '{lazy[0]}' is not initialised yet: run the model once on example inputs.")
     places: dict[torch.device, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         places.setdefault(tensor.device, name)
@@ -209,9 +200,7 @@ def _check_model(model: nn.Module) -> None:
         raise TraceError(f"{type(model).__name__} has no parameters: there is nothing to make smaller.")
     if len(places) > 1:
         listed = ", ".join(f"'{name}' on {device}" for device, name in places.items())
-        raise TraceError(
-            f"the model lies on several devices ({listed}): move it to one with model.to(device)."
-        )
+        raise TraceError(f"the model lies on several devices ({listed}): move it to one with model.to(device).")
 
 
 def _check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

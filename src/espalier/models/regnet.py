@@ -31,9 +31,7 @@ __all__ = [
 ]
 
 
-def regnet_widths(
-    depth: int, initial: int, slope: float, factor: float, group: int
-) -> tuple[list[int], list[int]]:
+def regnet_widths(depth: int, initial: int, slope: float, factor: float, group: int) -> tuple[list[int], list[int]]:
     """Widths and depths of the stages: u_j = initial + slope · j, rounded to initial · factorᵏ and to 8.
 
     >>> regnet_widths(22, 24, 24.48, 2.54, 16)
@@ -102,9 +100,7 @@ class RegNetX(nn.Module):
         inputs = 32
         for width, depth, stride in zip(widths, depths, strides, strict=True):
             first = Block(inputs, width, stride, group)
-            self.stages.append(
-                nn.Sequential(first, *(Block(width, width, 1, group) for _ in range(depth - 1)))
-            )
+            self.stages.append(nn.Sequential(first, *(Block(width, width, 1, group) for _ in range(depth - 1))))
             inputs = width
         self.linear = nn.Linear(inputs, num_classes)
 

@@ -60,9 +60,7 @@ class _Panel:
     def ticks(self) -> list[float]:
         if not self.logarithmic:
             return ticks(self.low, self.high, 3)
-        return [
-            10.0**e for e in range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
-        ]
+        return [10.0**e for e in range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)]
 
 
 def training_chart(history: History) -> str:
@@ -78,15 +76,12 @@ def training_chart(history: History) -> str:
     for phase, first, end in history.phases():
         x, end_x = across(max(first - 1, 0)), across(end)
         parts.append(
-            f'<rect class="phase phase-{phase}" x="{x:.1f}" y="24" '
-            f'width="{end_x - x:.1f}" height="{total - 44}"/>'
+            f'<rect class="phase phase-{phase}" x="{x:.1f}" y="24" width="{end_x - x:.1f}" height="{total - 44}"/>'
         )
         words = PHASES.get(phase, phase)
         if end_x - x > text_width(words, 11):
             middle = (x + end_x) / 2
-            parts.append(
-                f'<text class="phase-name" x="{middle:.1f}" y="16" text-anchor="middle">{words}</text>'
-            )
+            parts.append(f'<text class="phase-name" x="{middle:.1f}" y="16" text-anchor="middle">{words}</text>')
     top = 46.0
     for panel in panels:
         parts += _draw_panel(panel, left, right, top, across)
@@ -121,9 +116,7 @@ def _panels(history: History) -> list[_Panel]:
     return panels
 
 
-def _draw_panel(
-    panel: _Panel, left: float, right: float, top: float, across: Callable[[float], float]
-) -> list[str]:
+def _draw_panel(panel: _Panel, left: float, right: float, top: float, across: Callable[[float], float]) -> list[str]:
     def down(value: float) -> float:
         return top + panel.height * (1 - panel.share(value))
 

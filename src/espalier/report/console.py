@@ -18,9 +18,7 @@ from espalier.space.summary import Summary
 
 def space_table(summary: Summary, limit: int | None = None) -> Table:
     """The search space, structures first; ``limit`` rows of those that stay."""
-    table = Table(
-        title="Search space", title_justify="left", title_style="bold", header_style="dim", box=None
-    )
+    table = Table(title="Search space", title_justify="left", title_style="bold", header_style="dim", box=None)
     table.add_column("structure", overflow="fold")
     table.add_column("level")
     table.add_column("params", justify="right")
@@ -41,9 +39,7 @@ def space_table(summary: Summary, limit: int | None = None) -> Table:
 
 def results_table(networks: Mapping[str, Measurement]) -> Table:
     """Before and after."""
-    table = Table(
-        title="Before and after", title_justify="left", title_style="bold", header_style="dim", box=None
-    )
+    table = Table(title="Before and after", title_justify="left", title_style="bold", header_style="dim", box=None)
     table.add_column("")
     for name in networks:
         table.add_column(name, justify="right")
@@ -92,9 +88,7 @@ class LiveTraining:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self.console.is_terminal:
             self._live.stop()
 

@@ -51,9 +51,7 @@ def x_coordinates(
     return xs
 
 
-def _conflicts(
-    order: Sequence[Sequence[int]], above: Sequence[Sequence[int]], dummies_from: int
-) -> set[_Pair]:
+def _conflicts(order: Sequence[Sequence[int]], above: Sequence[Sequence[int]], dummies_from: int) -> set[_Pair]:
     """Edges that cross a long edge's inner part: the long one is to stay straight."""
     found: set[_Pair] = set()
     for upper, lower in pairwise(order):
@@ -72,9 +70,7 @@ def _conflicts(
     return found
 
 
-def _align(
-    rows: Sequence[Sequence[int]], neighbours: Sequence[Sequence[int]], conflicts: set[_Pair]
-) -> list[int]:
+def _align(rows: Sequence[Sequence[int]], neighbours: Sequence[Sequence[int]], conflicts: set[_Pair]) -> list[int]:
     """The root of every vertex's block: its topmost vertex."""
     root = list(range(len(neighbours)))
     aligned = [False] * len(neighbours)  # whether a vertex below already continues this one's block
@@ -91,9 +87,7 @@ def _align(
     return root
 
 
-def _pack(
-    rows: Sequence[Sequence[int]], root: Sequence[int], room: Callable[[int, int], float]
-) -> list[float]:
+def _pack(rows: Sequence[Sequence[int]], root: Sequence[int], room: Callable[[int, int], float]) -> list[float]:
     """Blocks as far left as their neighbours let them, then right as far as nothing else is pushed."""
     right_of: dict[int, dict[int, float]] = {}
     left_of: dict[int, dict[int, float]] = {}

@@ -113,9 +113,7 @@ def _edges(figure: Figure, laid: Layout) -> list[str]:
         classes = f"es-edge es-{status}" if status else "es-edge"
         tip = points[-1]
         head = f"M{tip[0]:.1f} {tip[1]:.1f}l-4 -7q4 2 8 0z"
-        parts.append(
-            (layer, f'<g class="{classes}"><path d="{_curve(points)}"/><path class="es-tip" d="{head}"/></g>')
-        )
+        parts.append((layer, f'<g class="{classes}"><path d="{_curve(points)}"/><path class="es-tip" d="{head}"/></g>'))
     return [text for _, text in sorted(parts, key=lambda part: part[0])]
 
 
@@ -159,30 +157,20 @@ def _vertex(vertex: Vertex, centre: Point, size: Point) -> str:
     width, height = size
     left, top = x - width / 2, y - height / 2
     status = f" es-{vertex.status}" if vertex.status else ""
-    parts = [
-        f'<g class="es-node es-{vertex.form} k-{vertex.kind}{status}"><title>{escape(vertex.tooltip)}</title>'
-    ]
+    parts = [f'<g class="es-node es-{vertex.form} k-{vertex.kind}{status}"><title>{escape(vertex.tooltip)}</title>']
     if vertex.form == "circle":
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{_RADIUS}"/>')
         parts.append(f'<text class="es-glyph" x="{x:.1f}" y="{y + 6:.1f}">{escape(vertex.title)}</text>')
-        parts.append(
-            f'<text class="es-side" x="{x + _RADIUS + 5:.1f}" y="{y - 7:.1f}">{escape(vertex.note)}</text>'
-        )
+        parts.append(f'<text class="es-side" x="{x + _RADIUS + 5:.1f}" y="{y - 7:.1f}">{escape(vertex.note)}</text>')
     elif vertex.form == "pill":
-        parts.append(
-            f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="14"/>'
-        )
-        parts.append(
-            f'<text class="es-head" text-anchor="middle" x="{x:.1f}" y="{y + 4.3:.1f}">{escape(vertex.title)}'
-        )
+        parts.append(f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="14"/>')
+        parts.append(f'<text class="es-head" text-anchor="middle" x="{x:.1f}" y="{y + 4.3:.1f}">{escape(vertex.title)}')
         parts.append(f'<tspan class="es-note" dx="7">{escape(vertex.detail)}</tspan></text>')
     else:
         parts.append(f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="8"/>')
         note = f'<tspan class="es-note" dx="7">{escape(vertex.note)}</tspan>' if vertex.note else ""
         title = escape(shorten(vertex.title))
-        parts.append(
-            f'<text class="es-head" text-anchor="middle" x="{x:.1f}" y="{top + 18:.1f}">{title}{note}</text>'
-        )
+        parts.append(f'<text class="es-head" text-anchor="middle" x="{x:.1f}" y="{top + 18:.1f}">{title}{note}</text>')
         parts.append(
             f'<text class="es-detail" text-anchor="middle" x="{x:.1f}" y="{top + 33:.1f}">'
             f"{escape(vertex.detail)}</text>"
@@ -214,9 +202,7 @@ def _legend(figures: Sequence[Figure], limit: float) -> tuple[str, float, float]
         step = 36 + text_width(words, 11)
         if x > 0 and x + step > limit:
             x, y = 0.0, y + 20
-        parts.append(
-            f'<g class="es-node {classes}"><rect x="{x:.1f}" y="{y:.1f}" width="16" height="11" rx="3"/></g>'
-        )
+        parts.append(f'<g class="es-node {classes}"><rect x="{x:.1f}" y="{y:.1f}" width="16" height="11" rx="3"/></g>')
         parts.append(f'<text x="{x + 22:.1f}" y="{y + 9.5:.1f}">{escape(words)}</text>')
         x += step
         widest = max(widest, x)

@@ -84,9 +84,7 @@ def folded_figure(traced: Trace, title: str = "Network") -> Figure:
             weighty = weighty or heavy
         runs.append(tuple(run))
     names = [subject.run_name(run) for run in runs]
-    return subject.figure(
-        title, runs, [subject.run(name, run) for name, run in zip(names, runs, strict=True)]
-    )
+    return subject.figure(title, runs, [subject.run(name, run) for name, run in zip(names, runs, strict=True)])
 
 
 class Subject:

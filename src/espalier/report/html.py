@@ -42,9 +42,7 @@ class Report:
     def html(self) -> str:
         """The page."""
         body = [self._head(), self._results(), self._drawings(), self._training(), self._space(), _footer()]
-        style = (
-            variables() + drawing_rules() + files("espalier.report").joinpath("page.css").read_text("utf-8")
-        )
+        style = variables() + drawing_rules() + files("espalier.report").joinpath("page.css").read_text("utf-8")
         script = files("espalier.report").joinpath("page.js").read_text("utf-8")
         return (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -166,8 +164,7 @@ def _badge(good: bool) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return "".join(
-            f'<{tag} class="num">{c}</{tag}>' if i in numbers else f"<{tag}>{c}</{tag}>"
-            for i, c in enumerate(cells)
+            f'<{tag} class="num">{c}</{tag}>' if i in numbers else f"<{tag}>{c}</{tag}>" for i, c in enumerate(cells)
         )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)

@@ -55,9 +55,7 @@ def inspect(
     console.print("", words)
     figures = [trace_figure(space.trace), segment_figure(space)]
     captions = ("every operator", "what lives or goes as one; green can go")
-    Report(
-        title=f"{name}: search space", lead=words, figures=figures, captions=captions, summary=summary
-    ).write(out)
+    Report(title=f"{name}: search space", lead=words, figures=figures, captions=captions, summary=summary).write(out)
     written = [out]
     if svg:
         for figure, kind in zip(figures, ("trace", "segments"), strict=True):
@@ -95,9 +93,7 @@ def parse_inputs(texts: Sequence[str]) -> tuple[tuple[Tensor, ...], dict[str, Te
         except ValueError:
             sizes = [0]
         if min(sizes) < 1 or ("=" in text and not name.isidentifier()):
-            raise EspalierError(
-                f"--input {text}: a shape is sizes joined by x, the batch first, like 1x3x32x32."
-            )
+            raise EspalierError(f"--input {text}: a shape is sizes joined by x, the batch first, like 1x3x32x32.")
         if kind and kind not in _TYPES:
             raise EspalierError(f"--input {text}: there is no type '{kind}'; there are {', '.join(_TYPES)}.")
         tensor = _example(sizes, _TYPES[kind or "float"])
@@ -124,9 +120,7 @@ def load_model(factory: str) -> nn.Module:
     found: Any = _import(module_name)
     for part in name.split("."):
         if not hasattr(found, part):
-            close = [
-                n for n in dir(found) if n.lower().startswith(part[:3].lower()) and not n.startswith("_")
-            ][:8]
+            close = [n for n in dir(found) if n.lower().startswith(part[:3].lower()) and not n.startswith("_")][:8]
             hint = f" It has {', '.join(close)}." if close else ""
             raise EspalierError(f"module '{module_name}' has no '{name}'.{hint}")
         found = getattr(found, part)
@@ -134,8 +128,7 @@ def load_model(factory: str) -> nn.Module:
         return found
     if not callable(found):
         raise EspalierError(
-            f"'{factory}' is of type {type(found).__name__}: "
-            "name a function or class that makes a torch.nn.Module."
+            f"'{factory}' is of type {type(found).__name__}: name a function or class that makes a torch.nn.Module."
         )
     try:
         model = found()
@@ -159,14 +152,10 @@ def _import(name: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or name
         if name == missing or name.startswith(f"{missing}."):
-            raise EspalierError(
-                f"there is no module '{missing}', neither installed nor in {here}."
-            ) from error
+            raise EspalierError(f"there is no module '{missing}', neither installed nor in {here}.") from error
         raise EspalierError(f"module '{name}' needs '{missing}', which is not installed.") from error
     except Exception as error:
-        raise EspalierError(
-            f"importing '{name}' raised {type(error).__name__}: {error}{_raised_at(error)}"
-        ) from error
+        raise EspalierError(f"importing '{name}' raised {type(error).__name__}: {error}{_raised_at(error)}") from error
 
 
 def _raised_at(error: Exception) -> str:

@@ -54,9 +54,7 @@ def _depth_first(layers: Sequence[Sequence[int]], below: dict[int, list[int]]) -
     return order
 
 
-def _by_barycentre(
-    layer: list[int], neighbours: dict[int, list[int]], fixed: Sequence[int], right_first: bool
-) -> None:
+def _by_barycentre(layer: list[int], neighbours: dict[int, list[int]], fixed: Sequence[int], right_first: bool) -> None:
     """Sort ``layer`` by the mean position of neighbours; vertices without neighbours keep their places."""
     position = {v: i for i, v in enumerate(fixed)}
     mean = {v: sum(position[u] for u in neighbours[v]) / len(neighbours[v]) for v in layer if neighbours[v]}
@@ -68,9 +66,7 @@ def _by_barycentre(
     layer[:] = [next(places) if v in mean else v for v in layer]
 
 
-def _swap_neighbours(
-    order: list[list[int]], above: dict[int, list[int]], below: dict[int, list[int]]
-) -> None:
+def _swap_neighbours(order: list[list[int]], above: dict[int, list[int]], below: dict[int, list[int]]) -> None:
     """One pass over all neighbours in a layer: swap two where that takes crossings away."""
     position = {v: i for layer in order for i, v in enumerate(layer)}
     up = {v: sorted(position[u] for u in above[v]) for layer in order for v in layer}

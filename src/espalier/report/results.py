@@ -119,9 +119,7 @@ def measure_all(
     found = {}
     for name, network in networks.items():
         cost = measure(network, args)
-        found[name] = Measurement(
-            cost.params, cost.macs, times[name], batch, accuracy(network) if accuracy else None
-        )
+        found[name] = Measurement(cost.params, cost.macs, times[name], batch, accuracy(network) if accuracy else None)
     return found
 
 

@@ -37,9 +37,7 @@ def before_and_after(networks: Mapping[str, Measurement]) -> list[Change]:
     if first.accuracy is not None and last.accuracy is not None:
         points = 100 * (last.accuracy - first.accuracy)
         change = "±0" if abs(points) < 0.005 else f"{points:+.2f} points".replace("-", "−")
-        rows.append(
-            Change("test accuracy", f"{100 * first.accuracy:.2f} %", f"{100 * last.accuracy:.2f} %", change)
-        )
+        rows.append(Change("test accuracy", f"{100 * first.accuracy:.2f} %", f"{100 * last.accuracy:.2f} %", change))
     return rows
 
 

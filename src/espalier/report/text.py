@@ -1,10 +1,6 @@
 """How wide a text is, without a font at hand."""
 
-_NARROW = {
-    c: w
-    for w, chars in ((0.28, "ijl.,:;'|!"), (0.35, "ftI()[] ·-"), (0.4, "r/"), (0.9, "mwMW"))
-    for c in chars
-}
+_NARROW = {c: w for w, chars in ((0.28, "ijl.,:;'|!"), (0.35, "ftI()[] ·-"), (0.4, "r/"), (0.9, "mwMW")) for c in chars}
 
 
 def text_width(text: str, size: float, bold: bool = False) -> float:

@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def conv(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
-    """``W x + b`` with the input channels ``gone`` at ``fill``: their part is a constant, unless it meets zero padding."""
+    """``W x + b`` with the channels ``gone`` at ``fill``: their part is a constant, unless it meets zero padding."""
     (value,) = values
     layer: Any = build.module(node)
     if not isinstance(value, Narrowed) or value.dim != node.meta["val"].ndim - layer.weight.ndim + 1:
@@ -39,9 +39,7 @@ def linear(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     return _narrow_inputs(build, node, layer, value, layer.weight)
 
 
-def _narrow_inputs(
-    build: Build, node: fx.Node, layer: Any, value: Narrowed, columns: torch.Tensor
-) -> fx.Node | None:
+def _narrow_inputs(build: Build, node: fx.Node, layer: Any, value: Narrowed, columns: torch.Tensor) -> fx.Node | None:
     weight = layer.weight
     kept, gone = value.kept.to(weight.device), value.gone.to(weight.device)
     shift = both(value.fill, lambda f: columns.detach()[:, gone] @ f.to(weight))

@@ -8,17 +8,23 @@ from espalier.rules.value import RULES, Build, Narrowed, Value, both, rule
 aten = torch.ops.aten
 
 _FUNCTIONS = (
-    "relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu celu selu softplus mish exp "
-    "neg abs sqrt rsqrt log square sin cos log_sigmoid erf clone contiguous"
-).split()
+    "relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu",
+    "celu", "selu", "softplus", "mish", "exp", "neg", "abs", "sqrt", "rsqrt", "log", "square", "sin", "cos",
+    "log_sigmoid", "erf", "clone", "contiguous",
+)  # fmt: skip
 _LAYERS = (
     nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LeakyReLU,
-    nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Mish, nn.Identity, nn.LogSigmoid, nn.Softsign, nn.Tanhshrink, nn.Threshold,
-    nn.Hardshrink, nn.Softshrink,
+    nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Mish, nn.Identity, nn.LogSigmoid, nn.Softsign, nn.Tanhshrink,
+    nn.Threshold, nn.Hardshrink, nn.Softshrink,
 )  # fmt: skip
 
 
-@rule(*(getattr(aten, name).default for name in _FUNCTIONS), aten.pow.Tensor_Scalar, aten.to.dtype, aten.clamp.default)
+@rule(
+    *(getattr(aten, name).default for name in _FUNCTIONS),
+    aten.pow.Tensor_Scalar,
+    aten.to.dtype,
+    aten.clamp.default,
+)
 def function(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     """One tensor and numbers."""
     (value,) = values

@@ -161,6 +161,7 @@ def stack(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     else:
         new = build.call(aten.stack.default, nodes, dim)
     fill = Constant(
-        torch.stack([c.evaluated.flatten()[0] for c in constants]), torch.stack([c.trained.flatten()[0] for c in constants])
+        torch.stack([c.evaluated.flatten()[0] for c in constants]),
+        torch.stack([c.trained.flatten()[0] for c in constants]),
     )
     return Narrowed(new, dim, torch.tensor(kept), len(values), fill)

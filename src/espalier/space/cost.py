@@ -36,7 +36,11 @@ def count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     Counts convolutions, matrix products and attention, as ``torch.utils.flop_counter`` does (which counts each
     twice: a FLOP is half a MAC).
     """
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter:
+    with (
+        torch.no_grad(),
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        FlopCounterMode(display=False) as counter,
+    ):
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, dict(kwargs or {})))
         state: dict[str, torch.Tensor] = {
             name: mode.from_tensor(t) for name, t in (*model.named_parameters(), *model.named_buffers())

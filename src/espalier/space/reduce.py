@@ -169,9 +169,7 @@ class _Builder:
         shape = [1] * ndim
         shape[value.dim] = -1
         dtype = source.meta["val"].dtype
-        filler = Constant(
-            value.fill.evaluated.to(dtype).reshape(shape), value.fill.trained.to(dtype).reshape(shape)
-        )
+        filler = Constant(value.fill.evaluated.to(dtype).reshape(shape), value.fill.trained.to(dtype).reshape(shape))
         like = source.meta["val"]
         fill = self.call(aten.expand.default, self.constant(filler, source.name), sizes, val=like)
         joined = self.call(aten.cat.default, [source, fill], value.dim, val=like)

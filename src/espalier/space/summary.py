@@ -77,10 +77,7 @@ def macs_per_node(trace: Trace) -> dict[fx.Node, int]:
             return result
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter:
-        inputs = [
-            mode.from_tensor(v) if hasattr(v, "untyped_storage") else v
-            for v in trace.flat_inputs()
-        ]
+        inputs = [mode.from_tensor(v) if hasattr(v, "untyped_storage") else v for v in trace.flat_inputs()]
         Counter(trace.graph_module).run(*inputs, enable_io_processing=False)
     return found
 

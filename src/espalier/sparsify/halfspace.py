@@ -125,7 +125,13 @@ class H2SPG(Optimizer):
         removed = self.redundant or tuple(self.choose(self._ascending()))
         kept = {name: round(score, 6) for name, score in self.saliency_scores().items()}
         return self.space.solution(
-            removed, {"method": type(self).__name__, "budget": vars(self.budget), "steps": self.steps_done, "saliency": kept}
+            removed,
+            {
+                "method": type(self).__name__,
+                "budget": vars(self.budget),
+                "steps": self.steps_done,
+                "saliency": kept,
+            },
         )
 
     # The policy.
