@@ -97,6 +97,10 @@ def test_paired_moments_equal_the_in_memory_sums():
             torch.testing.assert_close(found[name].gram, b.T @ b, rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(found[name].cross, a.T @ b, rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(found[name].dense_gram, a.T @ a, rtol=1e-10, atol=1e-10)
+            known = collect(dense, names, list(x.split(4)))
+            again = collect_paired(dense, pruned, [name], list(x.split(5)), known=known)[name]
+            torch.testing.assert_close(again.cross, found[name].cross, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(again.dense_gram, found[name].dense_gram, rtol=1e-10, atol=1e-10)
             weight = dense.get_submodule(name).weight.detach().flatten(1)
             trial = torch.randn_like(weight)
             problem = from_moments(found[name], weight, centred=False)

@@ -16,9 +16,9 @@ from torch.nn import functional
 class Moments:
     """Running sums over samples (for convolutions: over output positions) of one layer's input columns.
 
-    `gram` [d, d] is ``Σ h hᵀ``, `sums` [d] is ``Σ h``, `count` the number of columns h seen. Where the inputs are
-    already changed by earlier pruning, `cross` [d, d] is ``Σ h_dense hᵀ``, `dense_gram` ``Σ h_dense h_denseᵀ`` and
-    `dense_sums` ``Σ h_dense``. Memory O(d²); activations are not kept.
+    `gram` [d, d] is ``Σ h hᵀ``, `sums` [d] is ``Σ h``, `count` the number of columns h seen. Where the
+    inputs are already changed by earlier pruning, `cross` [d, d] is ``Σ h_dense hᵀ``, `dense_gram` ``Σ
+    h_dense h_denseᵀ`` and `dense_sums` ``Σ h_dense``. Memory O(d²); activations are not kept.
 
     >>> moments = Moments.zeros(3)
     >>> moments.add(torch.rand(10, 3))
@@ -33,6 +33,7 @@ class Moments:
     dense_gram: Tensor | None = None
     dense_sums: Tensor | None = None
     name: str = ""
+    shared: bool = False  # the dense sums were measured before, on the same samples
 
     @classmethod
     def zeros(
@@ -55,26 +56,30 @@ class Moments:
         rows = rows.detach().to(self.gram)
         if not bool(torch.isfinite(rows).all()):
             raise ValueError(
-                f"the input of {self.name or 'the layer'} holds NaN or infinity in a calibration batch (after "
-                f"{self.count} good samples): check the data and the model in eval mode"
+                f"the input of {self.name or 'the layer'} holds NaN or infinity in a calibration batch "
+                f"(after {self.count} good samples): check the data and the model in eval mode"
             )
         self.gram.addmm_(rows.T, rows)
         self.sums += rows.sum(0)
         self.count += len(rows)
         if self.cross is not None and self.dense_gram is not None and self.dense_sums is not None:
             if dense is None or dense.shape != rows.shape:
-                raise ValueError(f"paired moments of {self.name or 'a layer'} need dense rows of the same shape")
+                raise ValueError(
+                    f"paired moments of {self.name or 'a layer'} need dense rows of the same shape"
+                )
             dense = dense.detach().to(self.gram)
             self.cross.addmm_(dense.T, rows)
-            self.dense_gram.addmm_(dense.T, dense)
-            self.dense_sums += dense.sum(0)
+            if not self.shared:
+                self.dense_gram.addmm_(dense.T, dense)
+                self.dense_sums += dense.sum(0)
 
     def all_reduce(self) -> None:
         """Sum over all processes, if `torch.distributed` is initialised; otherwise do nothing."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         count = torch.tensor([self.count], dtype=torch.int64, device=self.gram.device)
-        for value in (self.gram, self.sums, count, self.cross, self.dense_gram, self.dense_sums):
+        dense = () if self.shared else (self.dense_gram, self.dense_sums)
+        for value in (self.gram, self.sums, count, self.cross, *dense):
             if value is not None:
                 torch.distributed.all_reduce(value)
         self.count = int(count)
@@ -92,8 +97,10 @@ def input_rows(module: nn.Module, inputs: Tensor, name: str = "") -> Tensor:
         return inputs.reshape(-1, inputs.shape[-1])
     if isinstance(module, nn.Conv2d):
         if module.groups != 1:
-            raise ValueError(f"{name or 'the consumer'} is a grouped convolution ({module.groups} groups): a refit "
-                             "over its input channels is not defined; take the next dense layer as the consumer")
+            raise ValueError(
+                f"{name or 'the consumer'} is a grouped convolution ({module.groups} groups): a refit "
+                "over its input channels is not defined; take the next dense layer as the consumer"
+            )
         padding = module.padding
         if module.kernel_size == (1, 1) and padding == (0, 0):
             return inputs[:, :, :: module.stride[0], :: module.stride[1]].movedim(1, -1).flatten(0, 2)
@@ -105,8 +112,10 @@ def input_rows(module: nn.Module, inputs: Tensor, name: str = "") -> Tensor:
             padding = 0
         columns = functional.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)  # type: ignore[arg-type]
         return columns.movedim(1, -1).flatten(0, 1)
-    raise TypeError(f"{name or 'the consumer'} is a {type(module).__name__}; its inputs can be refitted only where it "
-                    "is Linear or Conv2d")
+    raise TypeError(
+        f"{name or 'the consumer'} is a {type(module).__name__}; its inputs can be refitted only where it "
+        "is Linear or Conv2d"
+    )
 
 
 def input_columns(module: nn.Module) -> int:
@@ -119,7 +128,7 @@ def input_columns(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class MomentCost:
-    """What an accumulation will cost, per layer: `bytes` held, and `flops` per sample (two per multiply-add)."""
+    """What an accumulation will cost per layer: `bytes` held, `flops` per sample (two per multiply-add)."""
 
     bytes: Mapping[str, int]
     flops: Mapping[str, int]
@@ -148,7 +157,7 @@ def moment_cost(model: nn.Module, names: Sequence[str], example: Any, *, paired:
         held[name] = 8 * (matrices * columns**2 + 2 * columns)
         work[name] = work.get(name, 0) + 2 * matrices * columns**2 * positions // max(len(inputs), 1)
 
-    with torch.no_grad(), _evaluating(model), _tapped(model, names, note):
+    with torch.no_grad(), evaluating(model), _tapped(model, names, note):
         call(model, example)
     return MomentCost(held, work)
 
@@ -167,10 +176,11 @@ def collect(
     >>> collect(model, ["2"], [torch.rand(5, 4)])["2"].gram.shape
     torch.Size([8, 8])
 
-    A batch is a tensor, or a tuple or list whose first element is the model's input (labels are not used), or a
-    mapping of keyword arguments. The model runs in eval mode and is put back as it was. Sums are float64, on each
-    layer's own device unless `device` says otherwise, and are added up over processes where `torch.distributed`
-    is initialised. Raises ValueError for an empty loader and for activations that are not finite.
+    A batch is a tensor, or a tuple or list whose first element is the model's input (labels are not used),
+    or a mapping of keyword arguments. The model runs in eval mode and is put back as it was. Sums are
+    float64, on each layer's own device unless `device` says otherwise, and are added up over processes
+    where `torch.distributed` is initialised. Raises ValueError for an empty loader and for activations that
+    are not finite.
     """
     found: dict[str, Moments] = {}
 
@@ -179,7 +189,7 @@ def collect(
             found[name] = Moments.zeros(input_columns(module), device=device or inputs.device, name=name)
         found[name].add(input_rows(module, inputs, name))
 
-    with _evaluating(model), _tapped(model, names, note):
+    with evaluating(model), _tapped(model, names, note):
         for batch in data:
             call(model, batch)
     return _finish(found, names)
@@ -187,11 +197,17 @@ def collect(
 
 @torch.no_grad()
 def collect_paired(
-    dense: nn.Module, pruned: nn.Module, names: Sequence[str], data: Iterable[Any]
+    dense: nn.Module,
+    pruned: nn.Module,
+    names: Sequence[str],
+    data: Iterable[Any],
+    *,
+    known: Mapping[str, Moments] | None = None,
 ) -> dict[str, Moments]:
     """Moments of a model in the making, paired with the dense model's inputs of the same layers and samples.
 
-    Both models must give the named layers inputs of the same shape (removed units as zeros).
+    Both models must give the named layers inputs of the same shape (removed units as zeros). `known` are the
+    dense model's moments on the same data, as `collect` gave them, which saves measuring them again.
     """
     found: dict[str, Moments] = {}
     seen: dict[str, Tensor] = {}
@@ -202,11 +218,15 @@ def collect_paired(
     def note(name: str, module: nn.Module, inputs: Tensor) -> None:
         if name not in found:
             found[name] = Moments.zeros(input_columns(module), paired=True, device=inputs.device, name=name)
+            if known is not None:
+                before = known[name]
+                found[name].dense_gram, found[name].dense_sums = before.gram, before.sums
+                found[name].shared = True
         found[name].add(input_rows(module, inputs, name), seen.pop(name))
 
     with (
-        _evaluating(dense),
-        _evaluating(pruned),
+        evaluating(dense),
+        evaluating(pruned),
         _tapped(dense, names, remember, last=True),
         _tapped(pruned, names, note, last=True),
     ):
@@ -217,7 +237,7 @@ def collect_paired(
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Run `model` on a batch as loaders give it; stops early where a hook says that nothing further is needed."""
+    """Run `model` on a batch as loaders give it; ends early where a hook needs nothing further."""
     try:
         if isinstance(batch, Mapping):
             return model(**batch)
@@ -234,7 +254,7 @@ class _Done(Exception):
 def _tapped(
     model: nn.Module, names: Sequence[str], note: Callable[[str, nn.Module, Tensor], None], last: bool = False
 ):
-    """Call `note` on every input of the named layers; with `last`, end the pass after the first call of the only one."""
+    """Call `note` on every input of the named layers; with `last`, end the pass after the only one."""
     handles = []
     for name in names:
         module = model.get_submodule(name)
@@ -253,7 +273,7 @@ def _tapped(
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
+def evaluating(model: nn.Module):
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -266,8 +286,10 @@ def _evaluating(model: nn.Module):
 def _finish(found: dict[str, Moments], names: Sequence[str]) -> dict[str, Moments]:
     missing = [name for name in names if name not in found]
     if missing:
-        raise ValueError(f"no calibration sample reached {', '.join(missing)}: the loader is empty, or the model does "
-                         "not call these layers")
+        raise ValueError(
+            f"no calibration sample reached {', '.join(missing)}: the loader is empty, or the model does "
+            "not call these layers"
+        )
     for name in names:
         found[name].all_reduce()
     return found

@@ -1,8 +1,9 @@
-"""The i-SpaSP papers' experiments: synthetic residuals (Figure 3) and the two-layer network (Figures 1 and 2).
+"""The i-SpaSP papers' experiments: synthetic residuals (Figure 3) and the two-layer network (Figures 1 and
+2).
 
-``python -m espalier.experiments.ispasp figure3 --out results.jsonl`` and
-``python -m espalier.experiments.ispasp mnist --hidden 1000 --out results.jsonl --cache dir``; the environment
-variable ESPALIER_DATA names the folder that holds ``mnist/train-images.npy`` and so on. Results are JSON lines;
+``python -m espalier.experiments.ispasp figure3 --out results.jsonl`` and ``python -m
+espalier.experiments.ispasp mnist --hidden 1000 --out results.jsonl --cache dir``; the environment variable
+ESPALIER_DATA names the folder that holds ``mnist/train-images.npy`` and so on. Results are JSON lines;
 cells that are already in the file are skipped, so that a stopped run continues.
 """
 
@@ -28,7 +29,15 @@ from espalier.select.backward import backward_path
 from espalier.select.gfs import gfs
 from espalier.select.ispasp import ispasp
 from espalier.select.omp import omp_path
-from espalier.select.refit import Path, Reconstruction, Selection, from_moments, keep_dense, reconstruction, refit
+from espalier.select.refit import (
+    Path,
+    Reconstruction,
+    Selection,
+    from_moments,
+    keep_dense,
+    reconstruction,
+    refit,
+)
 
 POWERS = (0.3, 0.5, 0.7, 0.9)
 SIZES = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -146,7 +155,9 @@ def train(
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Percentage of right answers, in eval mode."""
     model.eval()
-    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
+    right = sum(
+        int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True)
+    )
     return 100 * right / len(x)
 
 
@@ -159,12 +170,17 @@ def narrowed(dense: TwoLayer, selection: Selection, use_bias: bool) -> TwoLayer:
     small.output.weight.copy_(selection.weights)
     small.output.bias.copy_(dense.output.bias)
     if use_bias and selection.bias is not None:
-        small.output.bias += selection.bias
+        small.output.bias.add_(selection.bias)
     return small.eval()
 
 
 def mnist_selections(
-    dense: TwoLayer, raw: Reconstruction, centred: Reconstruction, sizes: Sequence[int], seed: int, skip: set[str]
+    dense: TwoLayer,
+    raw: Reconstruction,
+    centred: Reconstruction,
+    sizes: Sequence[int],
+    seed: int,
+    skip: set[str],
 ) -> Iterator[tuple[str, int, Callable[[], Selection], bool]]:
     """(method, size, how to select, whether the bias is refitted) for every cell not in `skip`."""
     units = raw.units
@@ -176,7 +192,9 @@ def mnist_selections(
 
     def along(name: str, size: int) -> Selection:
         if name not in paths:
-            paths[name] = omp_path(centred, max(sizes)) if name == "omp" else backward_path(centred, min(sizes))
+            paths[name] = (
+                omp_path(centred, max(sizes)) if name == "omp" else backward_path(centred, min(sizes))
+            )
         return refit(centred, paths[name].support(size))
 
     methods: dict[str, tuple[Callable[[int], Selection], bool]] = {
@@ -233,7 +251,9 @@ def mnist(
         key = {"hidden": hidden, "seed": seed}
         if not results.done(**key, method="dense"):
             results.add(**key, method="dense", size=hidden, before=accuracy(dense, test_x, test_y))
-        done = {f"{r['method']}/{r['size']}" for r in results.rows if r["hidden"] == hidden and r["seed"] == seed}
+        done = {
+            f"{r['method']}/{r['size']}" for r in results.rows if r["hidden"] == hidden and r["seed"] == seed
+        }
         pick = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:calibration]
         started = time.perf_counter()
         moments = collect(dense, ["output"], x[pick].split(1000))["output"]
@@ -262,12 +282,16 @@ def mnist(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("figure3", help="synthetic residuals")
     second = commands.add_parser("mnist", help="two-layer network, before and after fine-tuning")
     for command in (first, second):
-        command.add_argument("--out", type=FilePath, required=True, help="JSON lines; finished cells are skipped")
+        command.add_argument(
+            "--out", type=FilePath, required=True, help="JSON lines; finished cells are skipped"
+        )
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     second.add_argument("--cache", type=FilePath, required=True, help="where trained dense networks are kept")
     second.add_argument("--hidden", type=int, default=1000)

@@ -130,7 +130,7 @@ def prune_layers(
     for index, (pair, size) in enumerate(zip(pairs, sizes, strict=True)):
         problem = problems[index]
         if index:  # the first pair's inputs are still the dense ones
-            paired = collect_paired(model, student, [pair.consumers[0]], batches)
+            paired = collect_paired(model, student, [pair.consumers[0]], batches, known=moments)
             problem = _problem(model, pair, paired[pair.consumers[0]], ridge)
         results.append(_result(model, pair, problem, size, select))
         _write(student, results[-1])
