@@ -175,6 +175,8 @@ def test_processes_add_up(tmp_path):
         "assert torch.equal(m.gram, y.T @ y), m.gram\n"
         "assert torch.equal(m.sums, y.sum(0))\n"
         "assert m.count == 5\n"
+        "torch.distributed.barrier()\n"
+        "torch.distributed.destroy_process_group()\n"
     )
     source = str(pathlib.Path(espalier.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}

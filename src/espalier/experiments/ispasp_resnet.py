@@ -1,8 +1,8 @@
 """One-shot pruning of ResNet-20 on CIFAR-10 without labels and without fine-tuning.
 
-``python -m espalier.experiments.ispasp_resnet --out results.jsonl``; ESPALIER_DATA names the folder that holds
-``cifar10/*.npy`` and ``checkpoints/resnet20-cifar10.safetensors``. The inner channels of every block are removed to
-10 to 60 % fewer multiply-adds. Finished cells are skipped.
+``python -m espalier.experiments.ispasp_resnet --out results.jsonl``; ESPALIER_DATA names the folder that
+holds ``cifar10/*.npy`` and ``checkpoints/resnet20-cifar10.safetensors``. The inner channels of every block
+are removed to 10 to 60 % fewer multiply-adds. Finished cells are skipped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import copy
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -113,7 +113,8 @@ def ranked(model: nn.Module, scores: Sequence[Tensor], sizes: Sequence[int]) -> 
 
 
 def baseline_scores(name: str, model: ResNet20, x: Tensor, y: Tensor, seed: int) -> list[Tensor]:
-    """Scores of each block's inner channels: "random", "magnitude" (filter norms) or "taylor" (first order)."""
+    """Scores of each block's inner channels: "random", "magnitude" (filter norm) or "taylor" (first
+    order)."""
     blocks = [model.get_submodule(pair.producers[0].rpartition(".")[0]) for pair in inner_pairs()]
     assert all(isinstance(block, Block) for block in blocks)
     if name == "random":
@@ -134,13 +135,39 @@ def baseline_scores(name: str, model: ResNet20, x: Tensor, y: Tensor, seed: int)
     return scores
 
 
-def uniform_sizes(units: Sequence[int], cost, budget: float) -> list[int]:
+def uniform_sizes(units: Sequence[int], cost: Callable[[Sequence[int]], float], budget: float) -> list[int]:
     """The largest common fraction of every block's inner channels whose cost meets the budget."""
     for step in range(1000, 0, -1):
         sizes = [max(1, int(n * step / 1000)) for n in units]
         if cost(sizes) <= budget:
             return sizes
     raise ValueError("the budget cannot be met by inner channels alone")
+
+
+def selections(
+    model: ResNet20,
+    batches: Sequence[Tensor],
+    labelled: tuple[Tensor, Tensor],
+    fraction: float,
+    uniform: Sequence[int],
+    seed: int,
+) -> dict[str, Callable[[], list[LayerResult]]]:
+    """Every method of the table at one budget; only "taylor" looks at labels."""
+    pairs = inner_pairs()
+
+    def baseline(name: str) -> Callable[[], list[LayerResult]]:
+        return lambda: ranked(model, baseline_scores(name, model, *labelled, seed), uniform)
+
+    return {
+        **{name: baseline(name) for name in ("random", "magnitude", "taylor")},
+        "ispasp": lambda: prune_layers(
+            model, pairs, batches, sizes=uniform, method="ispasp", sequential=False
+        ),
+        "omp (uniform)": lambda: prune_layers(model, pairs, batches, sizes=uniform),
+        "omp (dense inputs)": lambda: prune_layers(model, pairs, batches, macs=fraction, sequential=False),
+        "omp": lambda: prune_layers(model, pairs, batches, macs=fraction),
+        "backward": lambda: prune_layers(model, pairs, batches, macs=fraction, method="backward"),
+    }
 
 
 def resnet(out: Path, *, seeds: Sequence[int] = (0,), images: int = 1000, fractions=FRACTIONS) -> None:
@@ -162,23 +189,7 @@ def resnet(out: Path, *, seeds: Sequence[int] = (0,), images: int = 1000, fracti
         statistics = list(x[pick].split(250))
         for fraction in fractions:
             uniform = uniform_sizes(units, cost, fraction * full)
-            methods = {
-                **{
-                    name: lambda name=name, uniform=uniform: ranked(
-                        model, baseline_scores(name, model, x[pick], y[pick], seed), uniform
-                    )
-                    for name in ("random", "magnitude", "taylor")
-                },
-                "ispasp": lambda uniform=uniform: prune_layers(
-                    model, pairs, batches, sizes=uniform, method="ispasp", sequential=False
-                ),
-                "omp (uniform)": lambda uniform=uniform: prune_layers(model, pairs, batches, sizes=uniform),
-                "omp (dense inputs)": lambda f=fraction: prune_layers(
-                    model, pairs, batches, macs=f, sequential=False
-                ),
-                "omp": lambda f=fraction: prune_layers(model, pairs, batches, macs=f),
-                "backward": lambda f=fraction: prune_layers(model, pairs, batches, macs=f, method="backward"),
-            }
+            methods = selections(model, batches, (x[pick], y[pick]), fraction, uniform, seed)
             for name, method in methods.items():
                 if results.done(method=name, macs=fraction, seed=seed):
                     continue
