@@ -104,7 +104,8 @@ def figure3(out: FilePath, seeds: Sequence[int] = (0, 1, 2)) -> None:
                 }
                 path = omp_path(problem)
                 errors["omp"] = [refit(problem, path.support(size)).error for size in sizes]
-                results.add(d=d, p=p, seed=seed, sizes=sizes, errors=errors)
+                rounded = {name: [float(f"{e:.6g}") for e in values] for name, values in errors.items()}
+                results.add(d=d, p=p, seed=seed, sizes=sizes, errors=rounded)
 
 
 def slope(sizes: Sequence[int], values: Sequence[float], low: int, high: int) -> float:
@@ -123,14 +124,17 @@ def finite_tail(d: int, p: float) -> list[float]:
 # ---------------------------------------------------------------- Figures 1 and 2
 
 
-def load_images(name: str, split: str) -> tuple[Tensor, Tensor]:
-    """Images [n, ...] in [0, 1] and labels [n] of a dataset under ESPALIER_DATA."""
+def load_images(name: str, split: str, first: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images [n, ...] in [0, 1] and labels [n] of a dataset under ESPALIER_DATA; only the `first` few if
+    given."""
     root = os.environ.get("ESPALIER_DATA")
     if not root:
         raise FileNotFoundError("set ESPALIER_DATA to the folder that holds the unpacked datasets")
     folder = FilePath(root) / name
-    images = torch.from_numpy(np.load(folder / f"{split}-images.npy").astype(np.float32) / 255)
-    return images, torch.from_numpy(np.load(folder / f"{split}-labels.npy").astype(np.int64))
+    images = torch.from_numpy(
+        np.load(folder / f"{split}-images.npy", mmap_mode="r")[:first].astype(np.float32) / 255
+    )
+    return images, torch.from_numpy(np.load(folder / f"{split}-labels.npy")[:first].astype(np.int64))
 
 
 def train(

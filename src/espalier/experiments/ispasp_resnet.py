@@ -79,9 +79,9 @@ def load_dense() -> ResNet20:
     return model.eval()
 
 
-def cifar(split: str) -> tuple[Tensor, Tensor]:
+def cifar(split: str, first: int | None = None) -> tuple[Tensor, Tensor]:
     """CIFAR-10 images [n, 3, 32, 32] scaled to [−1, 1], and labels."""
-    images, labels = load_images("cifar10", split)
+    images, labels = load_images("cifar10", split, first)
     if images.shape[-1] == 3:
         images = images.movedim(-1, 1)
     return ((images - 0.5) / 0.5).contiguous(), labels

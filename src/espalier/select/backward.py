@@ -50,7 +50,7 @@ def backward_path(problem: Reconstruction, smallest: int = 0) -> Path:
     state = _State(problem, torch.cholesky_inverse(factor))
     del factor
     removed: list[int] = []
-    costs: list[Tensor] = []
+    costs: list[float] = []
     full = problem.objective(state.weights) if problem.offset is not None else 0.0
     for _ in range(problem.units - smallest):
         unit, cost = state.remove()
@@ -61,7 +61,7 @@ def backward_path(problem: Reconstruction, smallest: int = 0) -> Path:
     errors = torch.full((problem.units + 1,), torch.inf, dtype=problem.gram.dtype, device=problem.gram.device)
     errors[-1] = full
     if costs:
-        errors[smallest:-1] = (full + torch.stack(costs).clamp_min(0).cumsum(0)).flip(0)
+        errors[smallest:-1] = (full + problem.gram.new_tensor(costs).cumsum(0)).flip(0)
     return Path(order, errors)
 
 
@@ -81,11 +81,11 @@ class _State:
         self.pending = inverse.new_empty(inverse.shape[0], max(_PENDING, problem.block))
         self.used = 0
 
-    def remove(self) -> tuple[int, Tensor]:
+    def remove(self) -> tuple[int, float]:
         block = self.block
         cost = block_gain(self.weights, self.diagonal, 0.0)
         where = int(torch.where(self.present, cost, torch.inf).argmin())
-        name, lost = int(self.names[where]), cost[where]
+        name, lost = int(self.names[where]), max(float(cost[where]), 0.0)
         columns = slice(where * block, (where + 1) * block)
         done = self.pending[:, : self.used]
         now = self.inverse[:, columns] - done @ done[columns].T

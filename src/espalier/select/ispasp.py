@@ -74,16 +74,20 @@ def ispasp_from_data(
     `batches()` starts a pass over H in pieces [d, B]. This is the algorithm as written, O(T·B·d_out·d),
     kept as the reference to which the moment form is compared.
     """
-    rows = sum((hidden.double().sum(1) for hidden in batches()), torch.zeros(weight.shape[1]).double())
+    rows = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    outputs = []
+    for hidden in batches():
+        rows += hidden.double().sum(1)
+        outputs.append(weight @ hidden)
 
     def residual_importance(removed: Tensor) -> Tensor:
         score = torch.zeros_like(rows)
         kept = (weight * (1 - removed).to(weight)).contiguous()
-        for hidden in batches():
-            score += (weight.T @ (weight @ hidden - kept @ hidden)).sum(1).double()
+        for hidden, output in zip(batches(), outputs, strict=True):
+            score += (weight.T @ (output - kept @ hidden)).sum(1).double()
         return score
 
-    return _support_pursuit(rows, residual_importance, size, 1, iterations)
+    return _support_pursuit(rows, residual_importance, size, 1, iterations, until_fixed=False)
 
 
 def residual_bound(weight: Tensor, magnitude: float, p: float, size: int) -> float:
@@ -99,7 +103,13 @@ def residual_bound(weight: Tensor, magnitude: float, p: float, size: int) -> flo
 
 
 def _support_pursuit(
-    rows: Tensor, residual_importance: Callable[[Tensor], Tensor], size: int, block: int, iterations: int
+    rows: Tensor,
+    residual_importance: Callable[[Tensor], Tensor],
+    size: int,
+    block: int,
+    iterations: int,
+    *,
+    until_fixed: bool = True,
 ) -> Tensor:
     units = len(rows)
     kept = torch.zeros(units, dtype=torch.bool, device=rows.device)
@@ -110,7 +120,7 @@ def _support_pursuit(
         chosen = torch.where(merged, rows, -torch.inf).topk(size).indices
         previous, kept = kept, torch.zeros_like(kept)
         kept[chosen] = True
-        if bool((previous == kept).all()):
+        if until_fixed and bool((previous == kept).all()):
             break  # a fixed point: further iterations repeat it
     return kept.nonzero().flatten()
 

@@ -57,7 +57,7 @@ def omp_path(
     rows = gram.new_empty(size * block, problem.columns)
     free = torch.ones(units, dtype=torch.bool, device=gram.device)
     order: list[int] = []
-    gains: list[Tensor] = []
+    gains: list[float] = []
     for step in range(size):
         gain = block_gain(residual, schur, floor)
         score = gain if criterion == "gain" else unit_power(residual, block) / power.clamp_min(floor)
@@ -69,7 +69,7 @@ def omp_path(
         factor = torch.linalg.cholesky(pivot)
         row = torch.linalg.solve_triangular(factor, gram[columns] - done[:, columns].T @ done, upper=False)
         target = torch.linalg.solve_triangular(factor, residual[:, columns].T, upper=False)
-        gains.append(gain[best])
+        gains.append(max(float(gain[best]), 0.0))
         rows[step * block : (step + 1) * block] = row
         residual.addmm_(target.T, row, alpha=-1)
         split = row.view(block, units, block).transpose(0, 1)
@@ -81,7 +81,7 @@ def omp_path(
     last = refit(problem, chosen)
     end = problem.objective(_scatter(problem, last))
     # summed from the end: small errors keep their digits
-    drops = torch.stack(gains).clamp_min(0).flip(0).cumsum(0).flip(0)
+    drops = gram.new_tensor(gains).flip(0).cumsum(0).flip(0)
     return Path(chosen, torch.cat([drops + end, drops.new_tensor([end])]))
 
 
@@ -95,7 +95,7 @@ def block_gain(cross: Tensor, schur: Tensor, floor: float) -> Tensor:
     """``tr(R_j D_j⁻¹ R_jᵀ)`` for every unit j, with R [d_out, units·b] and D [units, b, b]."""
     units, block, _ = schur.shape
     if block == 1:
-        return (cross * cross).sum(0) / schur.flatten().clamp_min(floor)
+        return torch.linalg.vector_norm(cross, dim=0).square() / schur.flatten().clamp_min(floor)
     jitter = floor * torch.eye(block, dtype=schur.dtype, device=schur.device)
     factor, failed = torch.linalg.cholesky_ex(schur + jitter)
     per_unit = cross.T.reshape(units, block, -1)

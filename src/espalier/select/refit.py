@@ -327,4 +327,4 @@ def keep_dense(problem: Reconstruction, support: Tensor) -> Selection:
 
 def unit_power(matrix: Tensor, block: int) -> Tensor:
     """Sum of squares of each unit's columns [units], for matrix [rows, units·block]."""
-    return (matrix * matrix).sum(0).view(-1, block).sum(1)
+    return torch.linalg.vector_norm(matrix, dim=0).square().view(-1, block).sum(1)
