@@ -101,14 +101,18 @@ def recalibrate(model: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
     return model.eval()
 
 
-def ranked(model: nn.Module, scores: Sequence[Tensor], sizes: Sequence[int]) -> list[LayerResult]:
-    """Keep the highest scores of every block with their dense weights."""
+def ranked(
+    model: nn.Module, pairs: Sequence[Pair], scores: Sequence[Tensor], sizes: Sequence[int]
+) -> list[LayerResult]:
+    """Keep the highest scores of every pair with their dense weights."""
     results = []
-    for pair, score, size in zip(inner_pairs(), scores, sizes, strict=True):
+    for pair, score, size in zip(pairs, scores, sizes, strict=True):
         support = score.topk(size).indices.sort().values
         weight: Tensor = model.get_submodule(pair.consumers[0]).weight  # type: ignore[assignment]
-        kept = weight.detach().double()[:, support].flatten(1)
-        results.append(LayerResult(pair, len(score), 9, Selection(support, kept, None, float("nan"), 1.0)))
+        dense = weight.detach().double().flatten(1)
+        kept = dense.view(len(dense), len(score), -1)[:, support].flatten(1)
+        selection = Selection(support, kept, None, float("nan"), 1.0)
+        results.append(LayerResult(pair, len(score), pair.block(model), selection))
     return results
 
 
@@ -156,7 +160,7 @@ def selections(
     pairs = inner_pairs()
 
     def baseline(name: str) -> Callable[[], list[LayerResult]]:
-        return lambda: ranked(model, baseline_scores(name, model, *labelled, seed), uniform)
+        return lambda: ranked(model, pairs, baseline_scores(name, model, *labelled, seed), uniform)
 
     return {
         **{name: baseline(name) for name in ("random", "magnitude", "taylor")},
