@@ -18,7 +18,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from espalier.experiments.ispasp import POWERS, finite_tail, slope
+from espalier.experiments.ispasp import POWERS, finite_tail, slope, synthetic_problem
+from espalier.select.ispasp import residual_bound
 
 COLOURS = dict(
     zip(
@@ -71,10 +72,14 @@ def figure3(folder: Path) -> None:
             line = [str(d), str(p), f"{slope(sizes, finite_tail(d, p), 4, d // 4):.2f}"]
             for name in cell[0]["errors"]:
                 values = np.exp(np.mean([np.log(np.maximum(r["errors"][name], 1e-30)) for r in cell], axis=0))
-                axis.loglog(sizes, values, label=name, lw=1.1, color=COLOURS.get(name))
+                style = "--" if name.endswith("+refit") else "-"
+                axis.loglog(sizes, values, style, label=name, lw=1.1, color=COLOURS.get(name))
                 each = [slope(sizes, r["errors"][name], 4, d // 4) for r in cell]
                 line.append(f"{np.mean(each):.2f}")
             slopes.append(line)
+            weight = synthetic_problem(d, p, 0).weight
+            bound = [residual_bound(weight, 1.0, p, s) ** 2 for s in sizes]
+            axis.loglog(sizes, bound, ":", color="black", lw=0.9, label="bound")
             axis.set_title(f"d = {d}, p = {p}", fontsize=9)
             axis.set_ylim(bottom=max(1e-16, 1e-2 * finite_tail(d, p)[int(0.9 * d)]))
     axes[0, 0].set_ylabel("squared residual")
@@ -140,8 +145,8 @@ def mnist(folder: Path, hidden: int) -> None:
     table(["method", *map(str, sizes)], seconds)
 
 
-def resnet(folder: Path) -> None:
-    found = rows(folder / "resnet20.jsonl")
+def budgets(folder: Path, file: str, title: str, fields: tuple[str, ...]) -> None:
+    found = rows(folder / f"{file}.jsonl")
     cells = {(row["method"], row["macs"]): row for row in found if "pruned" in row}
     methods = list(dict.fromkeys(method for method, _ in cells))
     fractions = sorted({macs for _, macs in cells}, reverse=True)
@@ -150,18 +155,23 @@ def resnet(folder: Path) -> None:
     grid, axis = plt.subplots(figsize=(6.5, 4.5))
     for method in methods:
         have = [f for f in fractions if (method, f) in cells]
-        best = [cells[method, f]["recalibrated"] for f in have]
+        best = [cells[method, f][fields[-1]] for f in have]
         axis.plot([100 * (1 - f) for f in have], best, marker="o", ms=3, lw=1.1, label=method)
     axis.set_xlabel("multiply-adds removed (%)")
-    axis.set_ylabel("test accuracy (%), norms recalibrated")
+    axis.set_ylabel(f"test accuracy (%), {fields[-1]}")
     axis.legend(fontsize=7)
-    save(grid, folder / "resnet20.png")
-    for field in ("pruned", "recalibrated"):
-        print(f"ResNet-20, {field}\n")
+    save(grid, folder / f"{file}.png")
+    for field in fields:
+        print(f"{title}, {field}\n")
         body = [
             [m, *(f"{cells[m, f][field]:.2f}" if (m, f) in cells else "" for f in fractions)] for m in methods
         ]
         table(["method", *(f"{100 * (1 - f):.0f} % fewer" for f in fractions)], body)
+    print("Seconds of selection, moments included\n")
+    spent = [
+        [m, *(f"{cells[m, f]['seconds']}" if (m, f) in cells else "" for f in fractions)] for m in methods
+    ]
+    table(["method", *(f"{100 * (1 - f):.0f} % fewer" for f in fractions)], spent)
 
 
 def cost(folder: Path) -> None:
@@ -225,7 +235,8 @@ def main() -> None:
     figure3(folder)
     for hidden in (1000, 10_000):
         mnist(folder, hidden)
-    resnet(folder)
+    budgets(folder, "resnet20", "ResNet-20", ("pruned", "recalibrated"))
+    budgets(folder, "vit", "Small ViT", ("pruned",))
     cost(folder)
 
 

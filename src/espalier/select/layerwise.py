@@ -98,10 +98,10 @@ def prune_layers(
 
     `pairs` in the order of the forward pass; `data` is iterated once for all layers and, with `sequential`,
     once more per pair, so that each layer is corrected for the error that earlier ones made (needs data
-    that can be iterated again, such as a list or a DataLoader). Either `sizes` (units kept per pair) or
-    `macs`: the fraction of the model's multiply-adds (of its Linear and Conv2d layers) to keep, divided
-    among the pairs by marginal relative error. The model is not changed. Raises ValueError for wrong pairs,
-    sizes or data.
+    that can be iterated again and gives the same samples, such as a list or a DataLoader). Either `sizes`
+    (units kept per pair) or `macs`: the fraction of the model's multiply-adds (of its Linear and Conv2d
+    layers) to keep, divided among the pairs by marginal relative error. The model is not changed. Raises
+    ValueError for wrong pairs, sizes or data.
     """
     if (sizes is None) == (macs is None):
         raise ValueError(
