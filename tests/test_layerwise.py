@@ -201,6 +201,23 @@ def test_several_consumers_are_refused_unless_all_are_named():
     torch.testing.assert_close(small(data[0]), masked(model, results)(data[0]))
 
 
+def test_in_place_activations():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 12), nn.ReLU(inplace=True), nn.Linear(12, 3), nn.ReLU(inplace=True)
+    ).double()
+    data = [torch.randn(80, 4).double()]
+    results = prune_layers(model, [Pair(("0",), ("2",))], data, sizes=[7])
+    torch.testing.assert_close(narrow(model, results)(data[0]), masked(model, results)(data[0]))
+
+
+def test_a_layer_whose_forward_is_never_called_is_refused():
+    model = nn.MultiheadAttention(8, 2)
+    batch = {name: torch.rand(3, 8) for name in ("query", "key", "value")}
+    with pytest.raises(ValueError, match="never calls out_proj"):
+        check_pairs(model, [Pair(("out_proj",), ("out_proj",), units=2)], batch)
+
+
 def test_wrong_pairs_are_refused():
     model, _, data, _ = case("attention")
     with pytest.raises(ValueError, match="does not read"):

@@ -193,14 +193,14 @@ def check_pairs(model: nn.Module, pairs: Sequence[Pair], example: Any) -> None:
         def produce(name: str, made: dict[str, Tensor] = made) -> Callable[..., Any]:
             def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
                 made[name] = output.detach().requires_grad_()
-                return made[name]
+                return made[name].clone()  # so that in-place activations may follow
 
             return hook
 
         def consume(name: str, read: dict[str, Tensor] = read) -> Callable[..., Any]:
             def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
                 read[name] = output
-                return output.detach()
+                return output.detach().clone()
 
             return hook
 
