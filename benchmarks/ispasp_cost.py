@@ -47,17 +47,15 @@ def batches(width: int, samples: int) -> Iterator[Tensor]:
 
 
 def measure(method: str, width: int, outputs: int, samples: int, iterations: int) -> dict[str, float]:
-    """Processor seconds (one thread; without making the activations); peak memory above the imports', in
-    MiB."""
+    """Processor seconds (one thread, without making the activations) and peak MiB above the imports."""
     weight = torch.randn(outputs, width, generator=torch.Generator().manual_seed(1)) / outputs**0.5
     size = width // 4
     _ = torch.rand(600, 600) @ torch.rand(600, 600)  # loads the linear algebra library
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     making = gathering = 0.0
     if method.endswith("-data"):
-        held = [
-            batch.T.contiguous() for batch in batches(width, samples)
-        ]  # the data form needs H in every pass
+        # the data form needs H in every pass
+        held = [batch.T.contiguous() for batch in batches(width, samples)]
         started = time.process_time()
         if method == "ispasp-data":
             ispasp_from_data(weight, lambda: held, size, iterations=iterations)
@@ -121,7 +119,7 @@ def main() -> None:
             for method in options.methods:
                 cell = (method, width, outputs, samples)
                 if cell in done or (
-                    method == "five-step-data" and width * outputs * samples > 1024**2 * 10_000
+                    method == "five-step-data" and width * outputs * samples > 512**2 * 10_000
                 ):
                     continue
                 command = [sys.executable, __file__, "--cell", *map(str, cell)]
