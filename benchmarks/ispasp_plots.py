@@ -164,10 +164,11 @@ def budgets(folder: Path, file: str, title: str, fields: tuple[str, ...]) -> Non
     for field in fields:
         print(f"{title}, {field}\n")
         body = [
-            [m, *(f"{cells[m, f][field]:.2f}" if (m, f) in cells else "" for f in fractions)] for m in methods
+            [m, *(f"{cells[m, f][field]:.2f}" if cells.get((m, f), {}).get(field) else "" for f in fractions)]
+            for m in methods
         ]
         table(["method", *(f"{100 * (1 - f):.0f} % fewer" for f in fractions)], body)
-    print("Seconds of selection, moments included\n")
+    print("Seconds of selection\n")
     spent = [
         [m, *(f"{cells[m, f]['seconds']}" if (m, f) in cells else "" for f in fractions)] for m in methods
     ]

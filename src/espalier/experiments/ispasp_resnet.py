@@ -11,7 +11,7 @@ import argparse
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from espalier.curvature.moments import Moments, collect
 from espalier.experiments.ispasp import Results, accuracy, load_images
 from espalier.select.allocate import mac_cost
 from espalier.select.layerwise import LayerResult, Pair, narrow, prune_layers
@@ -151,6 +152,7 @@ def uniform_sizes(units: Sequence[int], cost: Callable[[Sequence[int]], float], 
 def selections(
     model: ResNet20,
     batches: Sequence[Tensor],
+    moments: Mapping[str, Moments],
     labelled: tuple[Tensor, Tensor],
     fraction: float,
     uniform: Sequence[int],
@@ -162,15 +164,28 @@ def selections(
     def baseline(name: str) -> Callable[[], list[LayerResult]]:
         return lambda: ranked(model, pairs, baseline_scores(name, model, *labelled, seed), uniform)
 
+    def ours(
+        method: str = "omp", sequential: bool = True, even: bool = False
+    ) -> Callable[[], list[LayerResult]]:
+        sizes, macs = (uniform, None) if even else (None, fraction)
+        return lambda: prune_layers(
+            model,
+            pairs,
+            batches,
+            sizes=sizes,
+            macs=macs,
+            method=method,
+            sequential=sequential,
+            moments=moments,
+        )
+
     return {
         **{name: baseline(name) for name in ("random", "magnitude", "taylor")},
-        "ispasp": lambda: prune_layers(
-            model, pairs, batches, sizes=uniform, method="ispasp", sequential=False
-        ),
-        "omp (uniform)": lambda: prune_layers(model, pairs, batches, sizes=uniform),
-        "omp (dense inputs)": lambda: prune_layers(model, pairs, batches, macs=fraction, sequential=False),
-        "omp": lambda: prune_layers(model, pairs, batches, macs=fraction),
-        "backward": lambda: prune_layers(model, pairs, batches, macs=fraction, method="backward"),
+        "ispasp": ours("ispasp", sequential=False, even=True),
+        "omp (dense inputs)": ours(sequential=False),
+        "omp": ours(),
+        "omp (uniform)": ours(even=True),
+        "backward": ours("backward"),
     }
 
 
@@ -191,9 +206,13 @@ def resnet(out: Path, *, seeds: Sequence[int] = (0,), images: int = 1000, fracti
         pick = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:images]
         batches = list(x[pick].split(200))
         statistics = list(x[pick].split(250))
+        started = time.perf_counter()
+        moments = collect(model, [pair.consumers[0] for pair in pairs], batches)
+        if not results.done(method="moments", seed=seed):
+            results.add(method="moments", seed=seed, seconds=round(time.perf_counter() - started, 1))
         for fraction in fractions:
             uniform = uniform_sizes(units, cost, fraction * full)
-            methods = selections(model, batches, (x[pick], y[pick]), fraction, uniform, seed)
+            methods = selections(model, batches, moments, (x[pick], y[pick]), fraction, uniform, seed)
             for name, method in methods.items():
                 if results.done(method=name, macs=fraction, seed=seed):
                     continue
@@ -202,13 +221,14 @@ def resnet(out: Path, *, seeds: Sequence[int] = (0,), images: int = 1000, fracti
                 spent = time.perf_counter() - started
                 small = narrow(model, found)
                 sizes = [len(r.selection.support) for r in found]
+                refitted = name not in ("random", "magnitude", "taylor")
                 results.add(
                     method=name,
                     macs=fraction,
                     seed=seed,
                     reached=cost(sizes) / full,
                     sizes=sizes,
-                    pruned=accuracy(small, test_x, test_y),
+                    pruned=accuracy(small, test_x, test_y) if refitted else None,
                     recalibrated=accuracy(recalibrate(small, statistics), test_x, test_y),
                     seconds=round(spent, 1),
                 )

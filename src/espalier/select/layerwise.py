@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.curvature.moments import call, collect, collect_paired, evaluating, input_columns
+from espalier.curvature.moments import Moments, call, collect, collect_paired, evaluating, input_columns
 from espalier.select.allocate import allocate, mac_cost
 from espalier.select.auxiliary import AuxiliaryOptions, auxiliary, auxiliary_layers
 from espalier.select.backward import backward, backward_path
@@ -88,6 +88,7 @@ def prune_layers(
     sequential: bool = True,
     ridge: float = RIDGE,
     multiple: int = 1,
+    moments: Mapping[str, Moments] | None = None,
 ) -> list[LayerResult]:
     """Choose and refit the units of every pair, from unlabelled calibration batches.
 
@@ -100,8 +101,9 @@ def prune_layers(
     once more per pair, so that each layer is corrected for the error that earlier ones made (needs data
     that can be iterated again and gives the same samples, such as a list or a DataLoader). Either `sizes`
     (units kept per pair) or `macs`: the fraction of the model's multiply-adds (of its Linear and Conv2d
-    layers) to keep, divided among the pairs by marginal relative error. The model is not changed. Raises
-    ValueError for wrong pairs, sizes or data.
+    layers) to keep, divided among the pairs by marginal relative error. `moments` are those of the consumers'
+    dense inputs on the same data, where they are already known. The model is not changed. Raises ValueError
+    for wrong pairs, sizes or data.
     """
     if (sizes is None) == (macs is None):
         raise ValueError(
@@ -112,7 +114,8 @@ def prune_layers(
     if first is None:
         raise ValueError("the calibration loader is empty: at least one batch is needed")
     check_pairs(model, pairs, first)
-    moments = collect(model, [pair.consumers[0] for pair in pairs], batches)
+    if moments is None:
+        moments = collect(model, [pair.consumers[0] for pair in pairs], batches)
     problems = [_problem(model, pair, moments[pair.consumers[0]], ridge) for pair in pairs]
     if sizes is None:
         path = PATHS[method] if isinstance(method, str) and method in PATHS else omp_path
