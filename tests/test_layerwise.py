@@ -230,6 +230,8 @@ def test_wrong_pairs_are_refused():
         prune_layers(model, ATTENTION, data)
     with pytest.raises(ValueError, match="3 pairs but 1 sizes"):
         prune_layers(model, ATTENTION, data, sizes=[1])
+    with pytest.raises(ValueError, match="unknown method 'best': choose from auxiliary"):
+        prune_layers(model, ATTENTION, data, sizes=[1, 1, 1], method="best")
     with pytest.raises(ValueError, match="empty"):
         prune_layers(model, ATTENTION, [], sizes=[1, 1, 1])
     with pytest.raises(ValueError, match="cannot keep 3 of 2"):

@@ -109,7 +109,9 @@ def prune_layers(
         raise ValueError(
             "give either sizes (units to keep per pair) or macs (a fraction of the model's to keep)"
         )
-    batches = data if not isinstance(data, Iterable) or not hasattr(data, "__next__") else list(data)
+    if isinstance(method, str) and method not in SELECTORS:
+        raise ValueError(f"unknown method {method!r}: choose from {', '.join(sorted(SELECTORS))}")
+    batches = list(data) if hasattr(data, "__next__") else data  # passes are repeated
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("the calibration loader is empty: at least one batch is needed")
