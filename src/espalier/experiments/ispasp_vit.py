@@ -87,7 +87,7 @@ def scores(name: str, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> list
     return found
 
 
-def vit(out: Path, cache: Path, *, epochs: int = 6, images: int = 2000, seed: int = 0) -> None:
+def vit(out: Path, cache: Path, *, epochs: int = 6, images: int = 1000, seed: int = 0) -> None:
     """Test accuracy of every method and budget, as pruned."""
     results = Results(out)
     x, y = load_images("fashion-mnist", "train")
