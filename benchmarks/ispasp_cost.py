@@ -91,32 +91,24 @@ def measure(method: str, width: int, outputs: int, samples: int, iterations: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--samples", type=int, nargs="+", default=[2500, 5000, 10000, 20000])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument(
-        "--cell", nargs=4, metavar=("METHOD", "WIDTH", "OUTPUTS", "SAMPLES"), help="run one cell"
-    )
+    parser.add_argument("--cell", nargs=4, metavar=("METHOD", "WIDTH", "OUTPUTS", "SAMPLES"), help="run one cell")
     options = parser.parse_args()
     context = multiprocessing.get_context("fork")
     out: Path = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = (
-        {tuple(json.loads(line)["cell"]) for line in out.read_text().splitlines()} if out.exists() else set()
-    )
+    done = {tuple(json.loads(line)["cell"]) for line in out.read_text().splitlines()} if out.exists() else set()
     cells = [(width, 10_000) for width in options.widths]
     cells += [(1024, samples) for samples in options.samples if (1024, samples) not in cells]
     for width, samples in cells:
         for outputs in (10, width) if samples == 10_000 else (width,):
             for method in options.methods:
                 cell = (method, width, outputs, samples)
-                if cell in done or (
-                    method == "five-step-data" and width * outputs * samples > 512**2 * 10_000
-                ):
+                if cell in done or (method == "five-step-data" and width * outputs * samples > 512**2 * 10_000):
                     continue
                 with context.Pool(1) as worker:
                     row = worker.apply(measure, (*cell, 20))

@@ -134,10 +134,7 @@ def mnist(folder: Path, hidden: int) -> None:
     seconds = [
         [
             m,
-            *(
-                f"{np.mean([r['seconds'] for r in cells[m, s]]):.2f}" if (m, s) in cells else ""
-                for s in sizes
-            ),
+            *(f"{np.mean([r['seconds'] for r in cells[m, s]]):.2f}" if (m, s) in cells else "" for s in sizes),
         ]
         for m in methods
     ]
@@ -169,9 +166,7 @@ def budgets(folder: Path, file: str, title: str, fields: tuple[str, ...]) -> Non
         ]
         table(["method", *(f"{100 * (1 - f):.0f} % fewer" for f in fractions)], body)
     print("Seconds of selection\n")
-    spent = [
-        [m, *(f"{cells[m, f]['seconds']}" if (m, f) in cells else "" for f in fractions)] for m in methods
-    ]
+    spent = [[m, *(f"{cells[m, f]['seconds']}" if (m, f) in cells else "" for f in fractions)] for m in methods]
     table(["method", *(f"{100 * (1 - f):.0f} % fewer" for f in fractions)], spent)
 
 

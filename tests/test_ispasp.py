@@ -202,9 +202,7 @@ def test_forward_selection_stops():
     wanted = {3, 8, 11}
     found = gfs(p, 3, loss=lambda support, weights: -len(wanted & set(support.tolist())))
     assert set(found.support.tolist()) == wanted
-    assert (
-        gfs(p, 5, candidates=4, seed=1).support.tolist() == gfs(p, 5, candidates=4, seed=1).support.tolist()
-    )
+    assert gfs(p, 5, candidates=4, seed=1).support.tolist() == gfs(p, 5, candidates=4, seed=1).support.tolist()
 
 
 @pytest.mark.parametrize("size", [0, 31])

@@ -203,9 +203,7 @@ def test_several_consumers_are_refused_unless_all_are_named():
 
 def test_in_place_activations():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(4, 12), nn.ReLU(inplace=True), nn.Linear(12, 3), nn.ReLU(inplace=True)
-    ).double()
+    model = nn.Sequential(nn.Linear(4, 12), nn.ReLU(inplace=True), nn.Linear(12, 3), nn.ReLU(inplace=True)).double()
     data = [torch.randn(80, 4).double()]
     results = prune_layers(model, [Pair(("0",), ("2",))], data, sizes=[7])
     torch.testing.assert_close(narrow(model, results)(data[0]), masked(model, results)(data[0]))

@@ -117,9 +117,7 @@ def test_cost_is_said_before_it_starts():
     assert cost.flops["second"] == 2 * 54**2 * 64
     assert cost.flops["fifth"] == 2 * 7**2
     assert "4 layers" in str(cost)
-    assert moment_cost(model, ["fifth"], torch.zeros(2, 3, 8, 8), paired=True).bytes["fifth"] == 8 * (
-        147 + 14
-    )
+    assert moment_cost(model, ["fifth"], torch.zeros(2, 3, 8, 8), paired=True).bytes["fifth"] == 8 * (147 + 14)
 
 
 def test_memory_does_not_grow_with_the_samples():

@@ -12,9 +12,7 @@ from espalier.select.refit import Reconstruction, reconstruction, refit
 BLOCKS = [1, 3]
 
 
-def problem(
-    units: int, block: int = 1, seed: int = 0, paired: bool = False, samples: int = 300
-) -> Reconstruction:
+def problem(units: int, block: int = 1, seed: int = 0, paired: bool = False, samples: int = 300) -> Reconstruction:
     g = torch.Generator().manual_seed(seed)
     d = units * block
     mix = torch.randn(d, d, generator=g, dtype=torch.float64) / d**0.5 + torch.eye(d)
@@ -82,9 +80,7 @@ def test_backward_with_delayed_updates_and_shrinking_equals_the_plain_loop():
         inverse[j, j] = 1.0
         kept.remove(j)
     assert path.support(20).tolist() == kept
-    torch.testing.assert_close(
-        path.errors[20:].flip(0), torch.tensor(errors, dtype=torch.float64), rtol=1e-7, atol=0
-    )
+    torch.testing.assert_close(path.errors[20:].flip(0), torch.tensor(errors, dtype=torch.float64), rtol=1e-7, atol=0)
     assert bool(path.errors[:20].isinf().all())
 
 

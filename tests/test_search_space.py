@@ -8,6 +8,7 @@ from torch import nn
 import espalier
 from espalier.errors import BudgetError, InvalidSolution, SpaceError, TraceError
 from espalier.models.demonet import DemoNet
+from espalier.space.budget import estimate
 
 IMAGE = (torch.randn(2, 3, 32, 32),)
 VECTOR = (torch.randn(3, 4),)
@@ -158,6 +159,15 @@ def test_samples_meet_the_budget_within_one_structure(bound: str, share: float) 
 
         assert stays(removed) <= share + 1e-12
         assert stays(removed[:-1]) > share
+
+
+@pytest.mark.parametrize("bound", ["structures", "params", "macs"])
+def test_the_estimate_is_near_what_random_removals_take(bound: str) -> None:
+    space = espalier.search_space(Wide(), (torch.randn(2, 6),))
+    budget = espalier.Budget(**{bound: 0.6})
+    taken = [len(space.sample(budget, torch.Generator().manual_seed(i)).removed) for i in range(20)]
+    guess = estimate(space, budget, trials=20, generator=torch.Generator().manual_seed(99))
+    assert abs(guess - sum(taken) / len(taken)) <= 1.0
 
 
 def test_same_generator_same_sample() -> None:

@@ -64,9 +64,7 @@ class Moments:
         self.count += len(rows)
         if self.cross is not None and self.dense_gram is not None and self.dense_sums is not None:
             if dense is None or dense.shape != rows.shape:
-                raise ValueError(
-                    f"paired moments of {self.name or 'a layer'} need dense rows of the same shape"
-                )
+                raise ValueError(f"paired moments of {self.name or 'a layer'} need dense rows of the same shape")
             dense = dense.detach().to(self.gram)
             self.cross.addmm_(dense.T, rows)
             if not self.shared:
@@ -251,9 +249,7 @@ class _Done(Exception):
 
 
 @contextmanager
-def _tapped(
-    model: nn.Module, names: Sequence[str], note: Callable[[str, nn.Module, Tensor], None], last: bool = False
-):
+def _tapped(model: nn.Module, names: Sequence[str], note: Callable[[str, nn.Module, Tensor], None], last: bool = False):
     """Call `note` on every input of the named layers; with `last`, end the pass after the only one."""
     handles = []
     for name in names:

@@ -99,9 +99,7 @@ def figure3(out: FilePath, seeds: Sequence[int] = (0, 1, 2)) -> None:
                     continue
                 problem = synthetic_problem(d, p, seed)
                 sizes = list(range(1, d))
-                errors = {
-                    name: [method(problem, size).error for size in sizes] for name, method in methods.items()
-                }
+                errors = {name: [method(problem, size).error for size in sizes] for name, method in methods.items()}
                 path = omp_path(problem)
                 errors["omp"] = [refit(problem, path.support(size)).error for size in sizes]
                 rounded = {name: [float(f"{e:.6g}") for e in values] for name, values in errors.items()}
@@ -131,15 +129,11 @@ def load_images(name: str, split: str, first: int | None = None) -> tuple[Tensor
     if not root:
         raise FileNotFoundError("set ESPALIER_DATA to the folder that holds the unpacked datasets")
     folder = FilePath(root) / name
-    images = torch.from_numpy(
-        np.load(folder / f"{split}-images.npy", mmap_mode="r")[:first].astype(np.float32) / 255
-    )
+    images = torch.from_numpy(np.load(folder / f"{split}-images.npy", mmap_mode="r")[:first].astype(np.float32) / 255)
     return images, torch.from_numpy(np.load(folder / f"{split}-labels.npy")[:first].astype(np.int64))
 
 
-def train(
-    model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, lr: float, batch: int = 256, seed: int = 0
-) -> None:
+def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, lr: float, batch: int = 256, seed: int = 0) -> None:
     """Adam and cross-entropy with a cosine decay to zero; float32."""
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=lr)
@@ -159,9 +153,7 @@ def train(
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Percentage of right answers, in eval mode."""
     model.eval()
-    right = sum(
-        int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True)
-    )
+    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
     return 100 * right / len(x)
 
 
@@ -196,9 +188,7 @@ def mnist_selections(
 
     def along(name: str, size: int) -> Selection:
         if name not in paths:
-            paths[name] = (
-                omp_path(centred, max(sizes)) if name == "omp" else backward_path(centred, min(sizes))
-            )
+            paths[name] = omp_path(centred, max(sizes)) if name == "omp" else backward_path(centred, min(sizes))
         return refit(centred, paths[name].support(size))
 
     methods: dict[str, tuple[Callable[[int], Selection], bool]] = {
@@ -255,9 +245,7 @@ def mnist(
         key = {"hidden": hidden, "seed": seed}
         if not results.done(**key, method="dense"):
             results.add(**key, method="dense", size=hidden, before=accuracy(dense, test_x, test_y))
-        done = {
-            f"{r['method']}/{r['size']}" for r in results.rows if r["hidden"] == hidden and r["seed"] == seed
-        }
+        done = {f"{r['method']}/{r['size']}" for r in results.rows if r["hidden"] == hidden and r["seed"] == seed}
         pick = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:calibration]
         started = time.perf_counter()
         moments = collect(dense, ["output"], x[pick].split(1000))["output"]
@@ -286,16 +274,12 @@ def mnist(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("figure3", help="synthetic residuals")
     second = commands.add_parser("mnist", help="two-layer network, before and after fine-tuning")
     for command in (first, second):
-        command.add_argument(
-            "--out", type=FilePath, required=True, help="JSON lines; finished cells are skipped"
-        )
+        command.add_argument("--out", type=FilePath, required=True, help="JSON lines; finished cells are skipped")
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     second.add_argument("--cache", type=FilePath, required=True, help="where trained dense networks are kept")
     second.add_argument("--hidden", type=int, default=1000)

@@ -164,9 +164,7 @@ def selections(
     def baseline(name: str) -> Callable[[], list[LayerResult]]:
         return lambda: ranked(model, pairs, baseline_scores(name, model, *labelled, seed), uniform)
 
-    def ours(
-        method: str = "omp", sequential: bool = True, even: bool = False
-    ) -> Callable[[], list[LayerResult]]:
+    def ours(method: str = "omp", sequential: bool = True, even: bool = False) -> Callable[[], list[LayerResult]]:
         sizes, macs = (uniform, None) if even else (None, fraction)
         return lambda: prune_layers(
             model,
@@ -189,16 +187,14 @@ def selections(
     }
 
 
-def resnet(out: Path, *, seeds: Sequence[int] = (0,), images: int = 1000, fractions=FRACTIONS) -> None:
+def resnet(out: Path, *, seeds: Sequence[int] = (0,), images: int = 1000, fractions: Sequence[float] = FRACTIONS) -> None:
     """Test accuracy of every method and budget, as pruned and after recalibrating batch norms."""
     results = Results(out)
     model, pairs = load_dense(), inner_pairs()
     x, y = cifar("train")
     test_x, test_y = cifar("test")
     units = [pair.count(model) for pair in pairs]
-    cost = mac_cost(
-        model, [(n, (*p.producers, *p.consumers)) for n, p in zip(units, pairs, strict=True)], x[:1]
-    )
+    cost = mac_cost(model, [(n, (*p.producers, *p.consumers)) for n, p in zip(units, pairs, strict=True)], x[:1])
     full = cost(units)
     if not results.done(method="dense"):
         results.add(method="dense", macs=1.0, accuracy=accuracy(model, test_x, test_y), multiply_adds=full)
@@ -235,9 +231,7 @@ def resnet(out: Path, *, seeds: Sequence[int] = (0,), images: int = 1000, fracti
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=1000, help="calibration images")

@@ -114,18 +114,14 @@ def iterate(
     return descend(objective, moved, next_kept, options.steps - 1, options), next_kept  # V
 
 
-def descend(
-    objective: Objective, weights: Tensor, kept: Tensor, steps: int, options: AuxiliaryOptions
-) -> Tensor:
+def descend(objective: Objective, weights: Tensor, kept: Tensor, steps: int, options: AuxiliaryOptions) -> Tensor:
     """Truncate W [d_out, d] to the units `kept`, then lower the objective over their columns."""
     index = kept.repeat_interleave(objective.block).nonzero().flatten()
     product, right = objective.restricted(index), objective.cross[:, index]
     found = weights[:, index]
     if options.solver == "exact":
         if not isinstance(objective, Reconstruction):
-            raise ValueError(
-                "the exact solver needs second moments: build a reconstruction, or use solver='pcg'"
-            )
+            raise ValueError("the exact solver needs second moments: build a reconstruction, or use solver='pcg'")
         system = objective.gram[index[:, None], index]
         factor, failed = torch.linalg.cholesky_ex(system)
         if int(failed):

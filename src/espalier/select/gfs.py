@@ -83,9 +83,7 @@ def gfs(
         free[best] = False
         span = slice(best * block, (best + 1) * block)
         image.addmm_(weight[:, span], gram[span])
-        if float(error[best]) <= tolerance * problem.energy or (
-            stop is not None and stop(*columns(order, alpha))
-        ):
+        if float(error[best]) <= tolerance * problem.energy or (stop is not None and stop(*columns(order, alpha))):
             break
     support, weights = columns(order, alpha)
     if refitted:

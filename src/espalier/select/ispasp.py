@@ -48,9 +48,7 @@ def ispasp(
 
     else:
         if problem.mean is None:
-            raise ValueError(
-                f"importance={importance!r} needs the mean activations; give `mean`, or use 'norm'"
-            )
+            raise ValueError(f"importance={importance!r} needs the mean activations; give `mean`, or use 'norm'")
         mean = problem.mean
         rows = _within_units(mean, problem.block, importance)
 

@@ -106,9 +106,7 @@ def prune_layers(
     for wrong pairs, sizes or data.
     """
     if (sizes is None) == (macs is None):
-        raise ValueError(
-            "give either sizes (units to keep per pair) or macs (a fraction of the model's to keep)"
-        )
+        raise ValueError("give either sizes (units to keep per pair) or macs (a fraction of the model's to keep)")
     if isinstance(method, str) and method not in SELECTORS:
         raise ValueError(f"unknown method {method!r}: choose from {', '.join(sorted(SELECTORS))}")
     batches = list(data) if hasattr(data, "__next__") else data  # passes are repeated
@@ -261,9 +259,7 @@ def narrow(model: nn.Module, results: Sequence[LayerResult]) -> nn.Module:
     return small
 
 
-def _result(
-    model: nn.Module, pair: Pair, problem: Reconstruction, size: int, select: Selector
-) -> LayerResult:
+def _result(model: nn.Module, pair: Pair, problem: Reconstruction, size: int, select: Selector) -> LayerResult:
     selection = _unscaled(select(problem, size), _scale(model, pair))
     return LayerResult(pair, problem.units, problem.block, selection)
 
@@ -281,9 +277,7 @@ def _scale(model: nn.Module, pair: Pair) -> Tensor:
         return torch.ones(rows, dtype=torch.float64)
     norm = model.get_submodule(pair.norm)
     if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_var is None:
-        raise TypeError(
-            f"{pair.norm} is a {type(norm).__name__}; only batch norms with statistics can be folded"
-        )
+        raise TypeError(f"{pair.norm} is a {type(norm).__name__}; only batch norms with statistics can be folded")
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.detach().double().abs()
@@ -343,9 +337,7 @@ def _slice_outputs(module: nn.Module, support: Tensor, units: int, fused: int, n
     elif isinstance(module, nn.Conv2d):
         width = "out_channels"
     else:
-        raise TypeError(
-            f"{name} is a {type(module).__name__}: only Linear, Conv2d and batch norms can be narrowed"
-        )
+        raise TypeError(f"{name} is a {type(module).__name__}: only Linear, Conv2d and batch norms can be narrowed")
     for field in ("weight", "bias"):
         value = getattr(module, field, None)
         if value is not None:
@@ -353,9 +345,7 @@ def _slice_outputs(module: nn.Module, support: Tensor, units: int, fused: int, n
             setattr(module, width, getattr(module, field).shape[0])
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         if module.groups != units:
-            raise TypeError(
-                f"{name} has {module.groups} groups for {units} units: only depthwise ones can be narrowed"
-            )
+            raise TypeError(f"{name} has {module.groups} groups for {units} units: only depthwise ones can be narrowed")
         module.groups = module.in_channels = len(support)
 
 

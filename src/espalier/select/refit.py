@@ -150,9 +150,7 @@ class Path:
     def support(self, size: int) -> Tensor:
         """Units kept at `size`, ascending."""
         if not 1 <= size <= len(self.order):
-            raise ValueError(
-                f"the path holds sizes 1 to {len(self.order)}, not {size}: rerun with a larger size"
-            )
+            raise ValueError(f"the path holds sizes 1 to {len(self.order)}, not {size}: rerun with a larger size")
         return self.order[:size].sort().values
 
 
@@ -218,23 +216,17 @@ def reconstruction(
             energy = energy - count * float(dense_mean @ dense_mean)
     trace = float(moment.diagonal().sum())
     if not trace > 0:
-        raise ValueError(
-            "every activation is zero (or constant) on the calibration data: nothing can be selected"
-        )
+        raise ValueError("every activation is zero (or constant) on the calibration data: nothing can be selected")
     rho = ridge * trace / d
     if cross is None:
         offset, floor, energy = None, 0.0, float(((weight @ moment) * weight).sum())
     else:
         product = weight @ moment
         offset = cross - product
-        floor = max(
-            float(energy or 0.0) - 2 * float((weight * cross).sum()) + float((weight * product).sum()), 0.0
-        )
+        floor = max(float(energy or 0.0) - 2 * float((weight * cross).sum()) + float((weight * product).sum()), 0.0)
     gram = moment.clone()
     gram.diagonal().add_(rho)
-    return Reconstruction(
-        weight, gram, offset, floor, float(energy or 0.0), rho, block, mean, dense_mean, centred
-    )
+    return Reconstruction(weight, gram, offset, floor, float(energy or 0.0), rho, block, mean, dense_mean, centred)
 
 
 def from_moments(

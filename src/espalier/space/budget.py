@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from espalier.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -57,13 +59,62 @@ def meet(space: "SearchSpace", order: Sequence[str], budget: Budget) -> list[str
         if not fitting:
             raise BudgetError(_nearest(space, [chain, *others], budget, least))
         chain = fitting[0]
-    low, high = least, len(chain)
     if budget.params is None and budget.macs is None:
         return chain[:least]
-    while low < high:  # costs fall along the chain: find the shortest prefix within the budget
+    return chain[: _shortest(chain, least, within, _by_estimate(space, chain, budget, least))]
+
+
+def _shortest(chain: Sequence[str], least: int, within: "_Within", guess: int) -> int:
+    """Length of the shortest prefix (at least ``least``) within the budget; costs fall along the chain.
+
+    Each look builds a sub-network, so the search starts at the guess and doubles its steps from there.
+    """
+    low, high = least, len(chain)  # the whole chain is within the budget
+    step = 1
+    while low < high and low <= (at := min(max(guess, low), high - 1)):
+        if within(chain[:at]):
+            high, guess = at, at - step
+        else:
+            low, guess = at + 1, at + step
+        step *= 2
+        if step > 4:  # the guess was poor: halve what is left
+            guess = (low + high) // 2
+    return low
+
+
+def estimate(space: "SearchSpace", budget: Budget, trials: int = 8, generator: torch.Generator | None = None) -> float:
+    """About how many structures a budget takes away: the mean over random removals (ASGSSD, appendix A.2).
+
+    Quick and not exact: the parameters and MACs of what is still reachable are added up, and no sub-network is
+    built. :func:`meet` is exact.
+    """
+    counts = []
+    for _ in range(trials):
+        order = torch.randperm(len(space), generator=generator).tolist()
+        chain = space.removable_in_order([space.structures[i].name for i in order])
+        counts.append(_by_estimate(space, chain, budget, budget.structures_to_remove(len(space))))
+    return sum(counts) / max(len(counts), 1)
+
+
+def _by_estimate(space: "SearchSpace", chain: Sequence[str], budget: Budget, least: int) -> int:
+    """The same length by what is still reachable alone: layers that would be narrowed count in full."""
+    full = space.reachable_cost(())
+    low, high = min(least, len(chain)), len(chain)
+    while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if within(chain[:middle]) else (middle + 1, high)
-    return chain[:low]
+        cost = space.reachable_cost(chain[:middle])
+        inside = budget.met_by(cost.params / max(full.params, 1), cost.macs / max(full.macs, 1))
+        low, high = (low, middle) if inside else (middle + 1, high)
+    return low
+
+
+def check_feasible(space: "SearchSpace", budget: Budget) -> None:
+    """Raise :class:`BudgetError`, naming the nearest, if no order that we know meets the budget."""
+    least = budget.structures_to_remove(len(space))
+    within = _Within(space, budget)
+    chains = _other_orders(space, [s.name for s in space.structures])
+    if not any(len(chain) >= least and within(chain) for chain in chains):
+        raise BudgetError(_nearest(space, chains, budget, least))
 
 
 class _Within:

@@ -20,7 +20,7 @@ from espalier.space.cost import Cost, measure
 from espalier.space.reduce import reduced
 from espalier.space.solution import Solution
 from espalier.space.structure import Family, Slices, Structure
-from espalier.space.summary import Summary, summarize
+from espalier.space.summary import Summary, macs_per_node, summarize
 from espalier.space.validity import Validity
 
 Keep = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -163,6 +163,19 @@ class SearchSpace:
             gone = self.segments_of(names)
             network = reduced(self.trace, self.graph, gone, self.constant, self.model).module
         return measure(network, self.trace.args, self.trace.kwargs)
+
+    def reachable_cost(self, removed: Iterable[str]) -> Cost:
+        """The same without building anything: the sum over all segments that an output still rests on."""
+        params, macs = self._segment_costs
+        live = self.validity.live(self.segments_of(removed))
+        names = {name for index in live for name in self.graph[index].parameters}
+        return Cost(sum(params[name] for name in names), sum(macs[index] for index in live))
+
+    @cached_property
+    def _segment_costs(self) -> tuple[dict[str, int], list[int]]:
+        nodes = macs_per_node(self.trace)
+        params = {name: p.numel() for name, p in self.model.named_parameters()}
+        return params, [sum(nodes.get(n, 0) for n in segment.nodes) for segment in self.graph]
 
     def sample(self, budget: Budget, generator: torch.Generator | None = None) -> Solution:
         """A random valid solution within the budget: structures go in random order until it is met."""

@@ -5,6 +5,7 @@ et al., 2023) takes the least salient whatever becomes of the network.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from espalier.errors import BudgetError, TrainingError
 from espalier.saliency import Saliency, cosine_magnitude
-from espalier.space.budget import Budget, meet
+from espalier.space.budget import Budget, check_feasible, estimate, meet
 from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
 from espalier.sparsify import foreach
@@ -110,6 +111,11 @@ class H2SPG(Optimizer):
             return "warmup"
         return "hybrid" if self.steps_done < self.warmup_steps + self.projection_steps else "done"
 
+    @cached_property
+    def expected_removals(self) -> float:
+        """About how many structures will go, from random removals (appendix A.2); the search phase is exact."""
+        return estimate(self.space, self.budget, generator=torch.Generator().manual_seed(0))
+
     def saliency_scores(self) -> dict[str, float]:
         """The averaged saliency of every structure."""
         return dict(zip((s.name for s in self.space.structures), self._scores.tolist(), strict=True))
@@ -141,7 +147,7 @@ class H2SPG(Optimizer):
         return meet(self.space, ascending, self.budget)
 
     def _check_budget(self) -> None:
-        meet(self.space, [s.name for s in self.space.structures], self.budget)
+        check_feasible(self.space, self.budget)
 
     # One step.
 
