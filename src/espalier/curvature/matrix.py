@@ -61,6 +61,14 @@ def rmatvec(A: Tensor, y: Tensor) -> Tensor:
     return torch.cat([a.t() @ y for _, a in chunks(A)])
 
 
+def dead_columns(A: Tensor) -> Tensor:
+    """Which columns are zero throughout, bool [p]."""
+    largest = torch.zeros(A.shape[1], dtype=working_dtype(A))
+    for row in A:
+        torch.maximum(largest, row.abs().to(largest.dtype), out=largest)
+    return largest == 0
+
+
 def gram(A: Tensor, index: Tensor | None = None) -> Tensor:
     """A[:, index] A[:, index]ᵀ in float64, [n, n], summed over chunks of columns."""
     n = A.shape[0]

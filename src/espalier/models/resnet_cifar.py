@@ -1,4 +1,4 @@
-"""Residual networks of 6n + 2 layers for 32 × 32 images (He et al. 2016), with 1 × 1 convolution shortcuts."""
+"""Residual networks of 6n + 2 layers for 32 × 32 images (He et al. 2016), 1 × 1 convolutions as shortcuts."""
 
 from __future__ import annotations
 

@@ -98,8 +98,13 @@ def _swap_pairs(problem: Problem, support: Tensor, options: CBSOptions) -> tuple
         own = 0.5 * w.square() * squares
         back = torch.where(support, infinity, -linear + own - 0.5 * problem.rho * w.square())
         away = torch.where(support, linear + own + 0.5 * problem.rho * w.square(), infinity)
-        ids = torch.cat([s.topk(min(wide, len(s)), largest=False).indices for s in (back, away)])
-        ids = ids[torch.isfinite(torch.where(support[ids], away[ids], back[ids]))]
+        kept = int(support.sum())
+        ids = torch.cat(
+            [
+                back.topk(min(wide, problem.p - kept), largest=False).indices,
+                away.topk(min(wide, kept), largest=False).indices,
+            ]
+        )
         before = len(history)
         M = columns(problem.A, ids) * w[ids]
         G = (M.t() @ M).double().numpy()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from espalier.curvature.gradients import GradientOptions, gradients
 from espalier.curvature.layout import Predicate, WeightLayout, convolution_and_linear
+from espalier.curvature.matrix import dead_columns
 from espalier.curvature.per_layer import Loss
 from espalier.select.chita import Solver, solve
 from espalier.select.patterns import Quota, cardinality
@@ -123,7 +124,7 @@ def chita_plus_plus(
 
 def prune_once(A: Tensor, w_bar: Tensor, quota: Quota, options: StageOptions) -> Result:
     """One stage on given gradients."""
-    dead = A.abs().amax(0) == 0 if options.drop_dead else torch.zeros(A.shape[1], dtype=torch.bool)
+    dead = dead_columns(A) if options.drop_dead else torch.zeros(A.shape[1], dtype=torch.bool)
     aim = torch.where(dead, torch.zeros((), dtype=w_bar.dtype), w_bar)
     problem = Problem.of(A, None, aim, options.ridge)
     if options.first_order:  # b = Aw̄ − e/m, given as the residual itself
