@@ -79,8 +79,8 @@ SETTINGS: dict[str, Settings] = {
         batch=10,
         damping={"woodfisher": 1e-3, "cbs": 1e-3, "mfac": 1e-3, "chita": 1e-3, "ours-one-shot": 1e-3},
         staged={
-            "chita++": StageOptions(50, "cubic", 1000, 16, 1e-2, True, "magnitude", drop_dead=False),
-            "ours": StageOptions(50, "cubic", 1000, 16, 1e-2, True, "exchange"),
+            "chita++": StageOptions(50, "cubic", 1000, 16, 3e-3, True, "magnitude", drop_dead=False),
+            "ours": StageOptions(50, "cubic", 1000, 16, 3e-3, True, "exchange"),
         },
     ),
     "resnet20": Settings(
