@@ -12,7 +12,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -22,18 +23,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from espalier.curvature.dual import DualInverse
 from espalier.curvature.gradients import Gradients, gradients
 from espalier.curvature.layout import WeightLayout, convolution_and_linear
+from espalier.curvature.woodbury import BlockWoodburyInverse
 from espalier.models.mlpnet import MLPNet
 from espalier.models.resnet_cifar import resnet20
 from espalier.select.cbs import cbs
 from espalier.select.magnitude import magnitude
-from espalier.select.mfac import mfac
-from espalier.select.multistage import StageOptions, chita_plus_plus, prune_once
+from espalier.select.multistage import StageOptions, chita_plus_plus, densities, prune_once
+from espalier.select.obs import Inverse, brain_surgeon
 from espalier.select.patterns import cardinality
 from espalier.select.problem import Problem
 from espalier.select.result import Result
-from espalier.select.woodfisher import woodfisher
 
 Network = Literal["mlpnet", "resnet20"]
 Pair = tuple[Tensor, Tensor]
@@ -65,12 +67,25 @@ PAPER: dict[str, dict[str, tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What was chosen on the held-out part of the training set, per network."""
+    """What was chosen on the held-out part of the training set, per network.
+
+    path: sparsities of one run of stages that passes through all of the table's, instead of a run for each;
+    up to each of them it is a multi-stage run that ends there.
+    """
 
     n: int
     batch: int
     damping: dict[str, float]
     staged: dict[str, StageOptions]
+    path: tuple[float, ...] = ()
+
+
+def _mlpnet_path() -> tuple[float, ...]:
+    """20 stages to 0.5 (cubic), then 7 to each next sparsity of the table."""
+    out = [1 - d for d in densities("cubic", 20, 0.5)]
+    for low, high in pairwise(SPARSITIES["mlpnet"]):
+        out += [low + (high - low) * i / 7 for i in range(1, 7)] + [high]
+    return tuple(out)
 
 
 SETTINGS: dict[str, Settings] = {
@@ -80,8 +95,9 @@ SETTINGS: dict[str, Settings] = {
         damping={"woodfisher": 1e-3, "cbs": 1e-3, "mfac": 1e-3, "chita": 1e-3, "ours-one-shot": 1e-3},
         staged={
             "chita++": StageOptions(50, "cubic", 1000, 16, 3e-3, True, "magnitude", drop_dead=False),
-            "ours": StageOptions(50, "cubic", 1000, 16, 3e-3, True, "exchange"),
+            "ours": StageOptions(50, "cubic", 1000, 16, 1e-3, True, "exchange"),
         },
+        path=_mlpnet_path(),
     ),
     "resnet20": Settings(
         n=500,
@@ -91,6 +107,7 @@ SETTINGS: dict[str, Settings] = {
             "chita++": StageOptions(15, "cubic", 500, 16, 1e-3, True, "magnitude", drop_dead=False),
             "ours": StageOptions(15, "cubic", 500, 16, 1e-3, True, "exchange"),
         },
+        path=(0.15, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.77, 0.8, 0.83, 0.86, 0.88, 0.9),
     ),
 }
 
@@ -147,17 +164,16 @@ def accuracy(model: nn.Module, data: Pair) -> float:
     return 100 * right / len(data[0])
 
 
-def one_shot(method: str, found: Gradients, k: int, settings: Settings, seed: int) -> Result:
+def one_shot(method: str, found: Gradients, k: int, settings: Settings) -> Result:
     """One of the single-stage methods on given gradients; the objective is that of problem (5) throughout."""
     A, w_bar = found.A, found.w_bar
     damping = settings.damping.get(method, 1e-3)
+    quota = cardinality(k, len(w_bar))
     match method:
         case "magnitude":
             return magnitude(w_bar, k)
-        case "woodfisher":
-            return woodfisher(A, w_bar, k, damping, sizes=tuple(found.layout.sizes))
-        case "mfac":
-            return mfac(A, w_bar, k, damping, recursion=True)
+        case "woodfisher" | "mfac":
+            return brain_surgeon(Problem.of(A, None, w_bar, damping), quota, _inverse(method, found, damping))
         case "cbs":
             return cbs(A, w_bar, k, damping)
         case "chita":
@@ -166,7 +182,18 @@ def one_shot(method: str, found: Gradients, k: int, settings: Settings, seed: in
             options = StageOptions(ridge=damping, first_order=False, solver="exchange")
         case _:
             raise ValueError(f"unknown method {method!r}")
-    return prune_once(A, w_bar, cardinality(k, len(w_bar)), options)
+    return prune_once(A, w_bar, quota, options)
+
+
+_LAST: dict[str, tuple[Gradients, Inverse]] = {}
+
+
+def _inverse(method: str, found: Gradients, damping: float) -> Inverse:
+    """The inverse Fisher of a method, factorised once for all sparsities (the first one pays for it)."""
+    if method not in _LAST or _LAST[method][0] is not found:
+        blocks = BlockWoodburyInverse(found.A, damping, sizes=tuple(found.layout.sizes))
+        _LAST[method] = (found, blocks if method == "woodfisher" else DualInverse(found.A, damping))
+    return _LAST[method][1]
 
 
 def run(
@@ -197,6 +224,10 @@ def run(
             if method == "magnitude" and seed > 0:
                 continue  # nothing in it is random
             found = None
+            if method in STAGED and settings.path and todo:
+                for cell in _along_path(task, settings.staged[method], settings.path, todo, seed):
+                    record({"method": method, "seed": seed, **cell})
+                continue
             for sparsity in todo:
                 began = time.process_time()
                 if method in STAGED:
@@ -204,7 +235,7 @@ def run(
                 else:
                     found = found or _sample(task, settings, seed)
                     began = time.process_time()
-                    result = one_shot(method, found, int((1 - sparsity) * layout.numel), settings, seed)
+                    result = one_shot(method, found, int((1 - sparsity) * layout.numel), settings)
                 seconds = time.process_time() - began
                 objective = result.objective
                 if method == "magnitude":
@@ -238,12 +269,29 @@ def _sample(task: Task, settings: Settings, seed: int) -> Gradients:
 
 
 def _staged(task: Task, options: StageOptions, sparsity: float, seed: int) -> Result:
-    from dataclasses import replace
-
     options = replace(options, seed=seed)
     return chita_plus_plus(
         task.model, nn.functional.cross_entropy, task.train, 1 - sparsity, options, task.prunable
     )
+
+
+def _along_path(
+    task: Task, options: StageOptions, path: tuple[float, ...], wanted: list[float], seed: int
+) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = []
+    began = time.process_time()
+
+    def judge(stage: int, model: nn.Module, result: Result) -> None:
+        if path[stage - 1] in wanted:
+            seconds = time.process_time() - began
+            cell = {"sparsity": path[stage - 1], "accuracy": accuracy(model, task.judge), "stages": stage}
+            cells.append(cell | {"objective": result.objective, "kept": result.kept, "cpu_seconds": seconds})
+
+    steps = [1 - s for s in path if s <= max(wanted)]
+    options = replace(options, seed=seed)
+    loss = nn.functional.cross_entropy
+    chita_plus_plus(task.model, loss, task.train, 0.5, options, task.prunable, steps, judge)
+    return cells
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
