@@ -80,7 +80,7 @@ def structured_chita(
         if over <= 1e-9 * budget:
             break
         share = over if sweep == options.sweeps - 1 else max(excess / options.sweeps, over / options.sweeps)
-        price = _changes(state, members, kept, options) / costs
+        price = _changes(state, members, kept, options, kept) / costs
         order = torch.where(kept, price, torch.inf).argsort()[: int(kept.sum()) - 1]
         spent = costs[order].cumsum(0)
         drop = order[: int((spent < share - 1e-9 * budget).sum()) + 1]
@@ -123,27 +123,41 @@ def _weights(members: Tensor, groups: Tensor) -> Tensor:
     return index[index >= 0]
 
 
-def _changes(state: DualState, members: Tensor, kept: Tensor, options: StructuredOptions) -> Tensor:
-    """Per group, the exact change of Q of taking it out (kept) or bringing it in (not kept); positive."""
+def _changes(
+    state: DualState, members: Tensor, kept: Tensor, options: StructuredOptions, wanted: Tensor | None = None
+) -> Tensor:
+    """Per group, the exact change of Q of taking it out (kept) or bringing it in (not kept); positive.
+
+    Only of the groups in the boolean `wanted`, where given; the others' entries are infinite.
+    """
     z, n = state.potential().double(), state.problem.n
-    per = max(1, options.memory // (8 * 3 * n * members.shape[1]))
-    out = []
-    for some, inside in zip(members.split(per), kept.split(per), strict=True):
-        live = some >= 0
-        a = columns(state.problem.A, some.clamp_min(0).flatten()).double()
-        half = torch.linalg.solve_triangular(state.factor, a, upper=False)
-        half = half.view(n, *some.shape).permute(1, 0, 2) * live[:, None]  # [groups, n, size]
-        u = (z[some.clamp_min(0)] * live)[..., None]
-        sign = torch.where(inside, -1.0, 1.0).double()[:, None, None]
-        if some.shape[1] <= n:
-            M = torch.eye(some.shape[1]).double() + sign * (half.transpose(1, 2) @ half)
-            value = (u * torch.linalg.solve(M, u)).sum((1, 2))
-        else:  # (I ∓ HᵀH)⁻¹ = I ± Hᵀ(I ∓ HHᵀ)⁻¹H, of size n instead
-            v = half @ u
-            M = torch.eye(n).double() + sign * (half @ half.transpose(1, 2))
-            value = u.square().sum((1, 2)) - (sign * v * torch.linalg.solve(M, v)).sum((1, 2))
-        out.append(0.5 * state.problem.rho * value)
-    return torch.cat(out)
+    groups = torch.arange(len(members)) if wanted is None else wanted.nonzero().flatten()
+    sizes = (members >= 0).sum(1)
+    groups = groups[sizes[groups].argsort()]  # groups of like size together: little padding
+    out = torch.full((len(members),), torch.inf, dtype=torch.float64)
+    while len(groups):
+        ends = sizes[groups] * torch.arange(1, len(groups) + 1) * (8 * 3 * n)
+        take = groups[: max(1, int((ends <= options.memory).sum()))]
+        groups = groups[len(take) :]
+        out[take] = _chunk_changes(state, members[take, : int(sizes[take].max())], kept[take], z)
+    return out
+
+
+def _chunk_changes(state: DualState, some: Tensor, inside: Tensor, z: Tensor) -> Tensor:
+    n, live, index = state.problem.n, some >= 0, some.clamp_min(0)
+    a = columns(state.problem.A, index.flatten()).double()
+    half = torch.linalg.solve_triangular(state.factor, a, upper=False)
+    half = half.view(n, *some.shape).permute(1, 0, 2) * live[:, None]  # [groups, n, size]
+    u = (z[index] * live)[..., None]
+    sign = torch.where(inside, -1.0, 1.0).double()[:, None, None]
+    if some.shape[1] <= n:
+        M = torch.eye(some.shape[1]).double() + sign * (half.transpose(1, 2) @ half)
+        value = (u * torch.linalg.solve(M, u)).sum((1, 2))
+    else:  # (I ∓ HᵀH)⁻¹ = I ± Hᵀ(I ∓ HHᵀ)⁻¹H, of size n instead
+        v = half @ u
+        M = torch.eye(n).double() + sign * (half @ half.transpose(1, 2))
+        value = u.square().sum((1, 2)) - (sign * v * torch.linalg.solve(M, v)).sum((1, 2))
+    return 0.5 * state.problem.rho * value
 
 
 def _move(state: DualState, members: Tensor, add: Tensor, drop: Tensor) -> None:
