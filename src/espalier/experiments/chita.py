@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from espalier.models.mlpnet import MLPNet
 from espalier.models.resnet_cifar import resnet20
 from espalier.select.cbs import cbs
 from espalier.select.magnitude import magnitude
-from espalier.select.multistage import StageOptions, chita_plus_plus, densities, prune_once
+from espalier.select.multistage import StageOptions, chita_plus_plus, prune_once
 from espalier.select.obs import Inverse, brain_surgeon
 from espalier.select.patterns import cardinality
 from espalier.select.problem import Problem
@@ -81,10 +80,11 @@ class Settings:
 
 
 def _mlpnet_path() -> tuple[float, ...]:
-    """20 stages to 0.5 (cubic), then 7 to each next sparsity of the table."""
-    out = [1 - d for d in densities("cubic", 20, 0.5)]
-    for low, high in pairwise(SPARSITIES["mlpnet"]):
-        out += [low + (high - low) * i / 7 for i in range(1, 7)] + [high]
+    """Stages through the table's sparsities, each approached in ever smaller steps (cubic)."""
+    out, low = [], 0.0
+    for high, stages in zip(SPARSITIES["mlpnet"], (16, 5, 5, 5, 7, 9, 15), strict=True):
+        out += [low + (high - low) * (1 - (1 - t / stages) ** 3) for t in range(1, stages)] + [high]
+        low = high
     return tuple(out)
 
 
