@@ -104,8 +104,8 @@ SETTINGS: dict[str, Settings] = {
         batch=16,
         damping={"woodfisher": 1e-4, "cbs": 1e-4, "mfac": 1e-4, "chita": 1e-4, "ours-one-shot": 1e-4},
         staged={
-            "chita++": StageOptions(15, "cubic", 500, 16, 1e-3, True, "magnitude", drop_dead=False),
-            "ours": StageOptions(15, "cubic", 500, 16, 1e-3, True, "exchange"),
+            "chita++": StageOptions(15, "cubic", 500, 16, 1e-2, True, "magnitude", drop_dead=False),
+            "ours": StageOptions(15, "cubic", 500, 16, 1e-2, True, "exchange"),
         },
         path=(0.15, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.77, 0.8, 0.83, 0.86, 0.88, 0.9),
     ),
