@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from espalier.curvature.gradients import GradientOptions, gradients
 from espalier.experiments.chita import load_task
 
 
-def cpu_seconds(work, repeats: int = 3) -> float:
+def cpu_seconds(work: Callable[[], object], repeats: int = 2) -> float:
     best = float("inf")
     for _ in range(repeats):
         began = time.process_time()

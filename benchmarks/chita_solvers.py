@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ from espalier.select.result import Result
 INSTANCES = {"mlpnet": (1e-3, (0.5, 0.7, 0.9, 0.95, 0.98)), "resnet20": (1e-4, (0.5, 0.7, 0.9))}
 
 
-def timed(solve, repeats: int) -> tuple[Result, float]:
+def timed(solve: Callable[[], Result], repeats: int) -> tuple[Result, float]:
     best, result = float("inf"), None
     for _ in range(repeats):
         began = time.process_time()
