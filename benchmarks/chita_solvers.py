@@ -1,0 +1,91 @@
+"""All solvers of problem (5) on the same instances, in one run: objective and CPU time.
+
+    ESPALIER_DATA=… python benchmarks/chita_solvers.py --network mlpnet
+
+Instances: n = 500 single-sample gradients at the dense weights, no first-order term (MLPNet λ = 1e-3,
+ResNet-20 λ = 1e-4). Times are CPU seconds of one thread, from the tensors to the result, including the check
+of the data and the float64 recomputation of the objective; the best of `repeats` runs. `matvec_gb_per_s` is
+the rate at which one plain matrix-vector product reads A at the time. `--only exchange IHT` picks solvers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import nn
+
+from espalier.curvature.gradients import GradientOptions, gradients
+from espalier.experiments.chita import load_task
+from espalier.select import cbs, chita, mfac, objective, woodfisher
+from espalier.select.result import Result
+
+INSTANCES = {"mlpnet": (1e-3, (0.5, 0.7, 0.9, 0.95, 0.98)), "resnet20": (1e-4, (0.5, 0.7, 0.9))}
+
+
+def timed(solve: Callable[[], Result], repeats: int) -> tuple[Result, float]:
+    best, result = float("inf"), None
+    for _ in range(repeats):
+        began = time.process_time()
+        result = solve()
+        best = min(best, time.process_time() - began)
+    assert result is not None
+    return result, best
+
+
+def main(
+    network: Literal["mlpnet", "resnet20"] = "mlpnet",
+    n: int = 500,
+    repeats: int = 3,
+    only: tuple[str, ...] = (),
+    sparsities: tuple[float, ...] = (),
+    seed: int = 0,
+    out: Path = Path("runs/chita-solvers.jsonl"),
+) -> None:
+    torch.set_num_threads(1)
+    task = load_task(network)
+    ridge, usual = INSTANCES[network]
+    index = torch.randperm(len(task.train[0]), generator=torch.Generator().manual_seed(seed))[:n]
+    sample, loss = (task.train[0][index], task.train[1][index]), nn.functional.cross_entropy
+    began = time.process_time()
+    found = gradients(task.model, loss, sample, n, 1, task.prunable, GradientOptions())
+    gradient_seconds = time.process_time() - began
+    A, w_bar, sizes = found.A, found.w_bar, tuple(found.layout.sizes)
+    y = torch.randn(n)
+    began = time.process_time()
+    for _ in range(5):
+        A.t() @ y
+    bandwidth = 5 * A.numel() * 4 / (time.process_time() - began) / 1e9
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for sparsity in sparsities or usual:
+        k = int((1 - sparsity) * len(w_bar))
+        solvers = {
+            "magnitude + refit": lambda k=k: chita(A, None, w_bar, k, ridge, solver="magnitude"),
+            "exchange (default)": lambda k=k: chita(A, None, w_bar, k, ridge),
+            "IHT (paper)": lambda k=k: chita(A, None, w_bar, k, ridge, solver="iht"),
+        }
+        solvers |= {
+            "M-FAC (recursion)": lambda k=k: mfac(A, w_bar, k, ridge, recursion=True),
+            "M-FAC (dual)": lambda k=k: mfac(A, w_bar, k, ridge),
+            "WoodFisher (blocks of 2000)": lambda k=k: woodfisher(A, w_bar, k, ridge, sizes=sizes),
+            "CBS": lambda k=k: cbs(A, w_bar, k, ridge),
+        }
+        for name, solve in solvers.items():
+            if only and name.split(" (")[0] not in only:
+                continue
+            result, seconds = timed(solve, repeats)
+            checked = objective(A, None, w_bar, result.weights, ridge)
+            line = {"network": network, "n": n, "sparsity": sparsity, "solver": name, "objective": checked}
+            line |= {"cpu_seconds": seconds, "info": result.info, "gradients_cpu_seconds": gradient_seconds}
+            line["matvec_gb_per_s"] = bandwidth
+            with out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,352 @@
+"""One-shot pruning tables of CHITA: MLPNet on MNIST and ResNet-20 on CIFAR-10.
+
+    ESPALIER_DATA=… python -m espalier.experiments.chita run --network mlpnet --out runs/mlpnet.jsonl
+    python -m espalier.experiments.chita table --results runs/mlpnet.jsonl
+
+Each cell (method, sparsity, seed) is one line of JSON; cells that are already there are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from espalier.curvature.dual import DualInverse
+from espalier.curvature.gradients import Gradients, gradients
+from espalier.curvature.layout import WeightLayout, convolution_and_linear
+from espalier.curvature.woodbury import BlockWoodburyInverse
+from espalier.models.mlpnet import MLPNet
+from espalier.models.resnet_cifar import resnet20
+from espalier.select.cbs import cbs
+from espalier.select.magnitude import magnitude
+from espalier.select.multistage import StageOptions, chita_plus_plus, prune_once
+from espalier.select.obs import Inverse, brain_surgeon
+from espalier.select.patterns import cardinality
+from espalier.select.problem import Problem
+from espalier.select.result import Result
+
+Network = Literal["mlpnet", "resnet20"]
+Pair = tuple[Tensor, Tensor]
+SPARSITIES = {
+    "mlpnet": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
+    "resnet20": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+}
+HELD_OUT = {"mlpnet": 10_000, "resnet20": 5_000}
+ONE_SHOT = ("magnitude", "woodfisher", "cbs", "mfac", "chita", "ours-one-shot")
+STAGED = ("chita++", "ours")
+
+PAPER: dict[str, dict[str, tuple[float, ...]]] = {
+    "mlpnet": {
+        "magnitude": (93.93, 93.78, 93.62, 92.89, 90.30, 83.64, 32.25),
+        "woodfisher": (94.02, 93.82, 93.77, 93.57, 91.69, 85.54, 38.26),
+        "cbs": (93.96, 93.96, 93.98, 93.90, 93.14, 88.92, 55.45),
+        "chita": (93.97, 93.94, 93.80, 93.59, 92.46, 88.09, 46.25),
+        "chita++": (95.97, 95.93, 95.89, 95.80, 95.55, 94.70, 90.73),
+    },
+    "resnet20": {
+        "magnitude": (90.77, 89.98, 88.44, 85.24, 78.79, 54.01, 11.79),
+        "woodfisher": (91.37, 91.15, 90.23, 87.96, 81.05, 62.63, 11.49),
+        "cbs": (91.35, 91.21, 90.58, 88.88, 81.84, 51.28, 13.68),
+        "chita": (91.37, 91.19, 90.60, 89.22, 84.12, 57.90, 15.60),
+        "chita++": (91.25, 91.20, 91.04, 90.78, 90.38, 88.72, 79.32),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was chosen on the held-out part of the training set, per network.
+
+    path: sparsities of one run of stages that passes through all of the table's, instead of a run for each;
+    up to each of them it is a multi-stage run that ends there.
+    """
+
+    n: int
+    batch: int
+    damping: dict[str, float]
+    staged: dict[str, StageOptions]
+    path: tuple[float, ...] = ()
+
+
+def _mlpnet_path() -> tuple[float, ...]:
+    """Stages through the table's sparsities, each approached in ever smaller steps (cubic)."""
+    out, low = [], 0.0
+    for high, stages in zip(SPARSITIES["mlpnet"], (16, 5, 5, 5, 7, 9, 15), strict=True):
+        out += [low + (high - low) * (1 - (1 - t / stages) ** 3) for t in range(1, stages)] + [high]
+        low = high
+    return tuple(out)
+
+
+SETTINGS: dict[str, Settings] = {
+    "mlpnet": Settings(
+        n=1000,
+        batch=10,
+        damping={"woodfisher": 1e-3, "cbs": 1e-3, "mfac": 1e-3, "chita": 1e-3, "ours-one-shot": 1e-3},
+        staged={
+            "chita++": StageOptions(50, "cubic", 1000, 16, 3e-3, True, "magnitude", drop_dead=False),
+            "ours": StageOptions(50, "cubic", 1000, 16, 1e-3, True, "exchange"),
+        },
+        path=_mlpnet_path(),
+    ),
+    "resnet20": Settings(
+        n=500,
+        batch=16,
+        damping={"woodfisher": 1e-4, "cbs": 1e-4, "mfac": 1e-4, "chita": 1e-4, "ours-one-shot": 1e-4},
+        staged={
+            "chita++": StageOptions(15, "cubic", 500, 16, 1e-2, True, "magnitude", drop_dead=False),
+            "ours": StageOptions(15, "cubic", 500, 16, 1e-2, True, "exchange"),
+        },
+        path=(0.15, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.77, 0.8, 0.83, 0.86, 0.88, 0.9),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dense network, the data for gradients, and the images on which it is judged."""
+
+    model: nn.Module
+    train: Pair
+    judge: Pair
+    prunable: Callable[[str, nn.Module, nn.Parameter], bool]
+
+
+def without_shortcuts(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
+    """The pruned weights of the paper's ResNet-20: not the 1 × 1 shortcut convolutions (p = 268,336)."""
+    return convolution_and_linear(name, module, parameter) and "downsample" not in name
+
+
+def load_task(network: Network, split: Literal["test", "held-out"] = "test") -> Task:
+    """Read the checkpoint and the data below $ESPALIER_DATA; settings are chosen with split="held-out"."""
+    root = os.environ.get("ESPALIER_DATA")
+    if not root:
+        raise RuntimeError("set ESPALIER_DATA to the folder that holds mnist/, cifar10/ and checkpoints/")
+    folder, checkpoint = {
+        "mlpnet": ("mnist", "mlpnet-mnist.safetensors"),
+        "resnet20": ("cifar10", "resnet20-cifar10.safetensors"),
+    }[network]
+    model = MLPNet() if network == "mlpnet" else resnet20()
+    model.load_state_dict(load_file(Path(root) / "checkpoints" / checkpoint))
+    train = _read(Path(root) / folder, "train")
+    order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
+    kept, held = order[: -HELD_OUT[network]], order[-HELD_OUT[network] :]
+    judge = (train[0][held], train[1][held]) if split == "held-out" else _read(Path(root) / folder, "test")
+    prunable = without_shortcuts if network == "resnet20" else convolution_and_linear
+    return Task(model.eval(), (train[0][kept], train[1][kept]), judge, prunable)
+
+
+def _read(folder: Path, part: str) -> Pair:
+    images = torch.from_numpy(np.load(folder / f"{part}-images.npy")).float().div_(255)
+    labels = torch.from_numpy(np.load(folder / f"{part}-labels.npy")).long()
+    if images.ndim == 3:
+        return images.sub_(0.1307).div_(0.3081)[:, None], labels
+    return images.sub_(0.5).div_(0.5).permute(0, 3, 1, 2).contiguous(), labels
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Pair) -> float:
+    """Top-1 accuracy in per cent."""
+    right = sum(
+        int((model(x).argmax(1) == y).sum())
+        for x, y in zip(data[0].split(250), data[1].split(250), strict=True)
+    )
+    return 100 * right / len(data[0])
+
+
+def one_shot(method: str, found: Gradients, k: int, settings: Settings) -> Result:
+    """One of the single-stage methods on given gradients; the objective is that of problem (5) throughout."""
+    A, w_bar = found.A, found.w_bar
+    damping = settings.damping.get(method, 1e-3)
+    quota = cardinality(k, len(w_bar))
+    match method:
+        case "magnitude":
+            return magnitude(w_bar, k)
+        case "woodfisher" | "mfac":
+            return brain_surgeon(Problem.of(A, None, w_bar, damping), quota, _inverse(method, found, damping))
+        case "cbs":
+            return cbs(A, w_bar, k, damping)
+        case "chita":
+            options = StageOptions(ridge=damping, first_order=False, solver="iht", drop_dead=False)
+        case "ours-one-shot":
+            options = StageOptions(ridge=damping, first_order=False, solver="exchange")
+        case _:
+            raise ValueError(f"unknown method {method!r}")
+    return prune_once(A, w_bar, quota, options)
+
+
+_LAST: dict[str, tuple[Gradients, Inverse]] = {}
+
+
+def _inverse(method: str, found: Gradients, damping: float) -> Inverse:
+    """The inverse Fisher of a method, factorised once for all sparsities (the first one pays for it)."""
+    if method not in _LAST or _LAST[method][0] is not found:
+        blocks = BlockWoodburyInverse(found.A, damping, sizes=tuple(found.layout.sizes))
+        _LAST[method] = (found, blocks if method == "woodfisher" else DualInverse(found.A, damping))
+    return _LAST[method][1]
+
+
+def run(
+    network: Network = "mlpnet",
+    out: Path = Path("runs/chita-mlpnet.jsonl"),
+    methods: tuple[str, ...] = (*ONE_SHOT, *STAGED),
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    sparsities: tuple[float, ...] = (),
+    split: Literal["test", "held-out"] = "test",
+    threads: int = 1,
+) -> None:
+    """Fill in the cells of Table 1 that `out` does not have yet."""
+    torch.set_num_threads(threads)
+    task, settings = load_task(network, split), SETTINGS[network]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = {(r["method"], r["sparsity"], r["seed"]) for r in _lines(out)}
+    layout = WeightLayout.of(task.model, task.prunable)
+    dense, w_bar = task.model, layout.flatten(task.model)
+    common = {"network": network, "split": split, "p": layout.numel}
+
+    def record(cell: dict[str, Any]) -> None:
+        with out.open("a") as file:
+            file.write(json.dumps({**common, **cell}) + "\n")
+
+    for seed in seeds:
+        for method in methods:
+            todo = [s for s in sparsities or SPARSITIES[network] if (method, s, seed) not in done]
+            if method == "magnitude" and seed > 0:
+                continue  # nothing in it is random
+            found = None
+            if method in STAGED and settings.path and todo:
+                for cell in _along_path(task, settings.staged[method], settings.path, todo, seed):
+                    record({"method": method, "seed": seed, **cell})
+                continue
+            for sparsity in todo:
+                began = time.process_time()
+                if method in STAGED:
+                    result = _staged(task, settings.staged[method], sparsity, seed)
+                else:
+                    found = found or _sample(task, settings, seed)
+                    began = time.process_time()
+                    result = one_shot(method, found, int((1 - sparsity) * layout.numel), settings)
+                seconds = time.process_time() - began
+                objective = result.objective
+                if method == "magnitude":
+                    assert found is not None
+                    objective = Problem.of(found.A, None, w_bar, settings.damping["chita"]).objective(
+                        result.weights
+                    )
+                layout.write(dense, result.weights)
+                score = accuracy(dense, task.judge)
+                layout.write(dense, w_bar)
+                record(
+                    {"method": method, "sparsity": sparsity, "seed": seed, "accuracy": score}
+                    | {"objective": objective, "kept": result.kept, "cpu_seconds": seconds}
+                )
+
+
+_SAMPLES: dict[tuple[int, int], Gradients] = {}
+
+
+def _sample(task: Task, settings: Settings, seed: int) -> Gradients:
+    """The same gradients for every single-stage method of a seed."""
+    key = (id(task), seed)
+    if key not in _SAMPLES:
+        _SAMPLES.clear()
+        index = torch.randperm(len(task.train[0]), generator=torch.Generator().manual_seed(seed))
+        index = index[: settings.n * settings.batch]
+        sample = task.train[0][index], task.train[1][index]
+        loss = nn.functional.cross_entropy
+        _SAMPLES[key] = gradients(task.model, loss, sample, settings.n, settings.batch, task.prunable)
+    return _SAMPLES[key]
+
+
+def _staged(task: Task, options: StageOptions, sparsity: float, seed: int) -> Result:
+    options = replace(options, seed=seed)
+    return chita_plus_plus(
+        task.model, nn.functional.cross_entropy, task.train, 1 - sparsity, options, task.prunable
+    )
+
+
+def _along_path(
+    task: Task, options: StageOptions, path: tuple[float, ...], wanted: list[float], seed: int
+) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = []
+    began = time.process_time()
+
+    def judge(stage: int, model: nn.Module, result: Result) -> None:
+        if path[stage - 1] in wanted:
+            seconds = time.process_time() - began
+            cell = {"sparsity": path[stage - 1], "accuracy": accuracy(model, task.judge), "stages": stage}
+            cells.append(cell | {"objective": result.objective, "kept": result.kept, "cpu_seconds": seconds})
+
+    steps = [1 - s for s in path if s <= max(wanted)]
+    options = replace(options, seed=seed)
+    loss = nn.functional.cross_entropy
+    chita_plus_plus(task.model, loss, task.train, 0.5, options, task.prunable, steps, judge)
+    return cells
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(results: Path = Path("runs/chita-mlpnet.jsonl")) -> str:
+    """Mean accuracy (standard error) per method and sparsity as a Markdown table, the paper's beside it."""
+    lines = _lines(results)
+    network = lines[0]["network"]
+    sparsities = sorted({r["sparsity"] for r in lines})
+    rows = ["| method | " + " | ".join(map(str, sparsities)) + " |", "|-|" + "-|" * len(sparsities)]
+    for method in dict.fromkeys(r["method"] for r in lines):
+        cells = [
+            _cell([r["accuracy"] for r in lines if (r["method"], r["sparsity"]) == (method, s)])
+            for s in sparsities
+        ]
+        rows.append(f"| {method} | " + " | ".join(cells) + " |")
+        if method in PAPER[network]:
+            known = dict(zip(SPARSITIES[network], PAPER[network][method], strict=True))
+            rows.append(
+                f"| *paper: {method}* | " + " | ".join(f"*{known.get(s, '')}*" for s in sparsities) + " |"
+            )
+    for method in dict.fromkeys(r["method"] for r in lines):
+        cells = [
+            _cell([r["objective"] for r in lines if (r["method"], r["sparsity"]) == (method, s)], 3)
+            for s in sparsities
+        ]
+        rows.append(f"| Q, {method} | " + " | ".join(cells) + " |")
+    for method in dict.fromkeys(r["method"] for r in lines):
+        times = [
+            [r["cpu_seconds"] for r in lines if (r["method"], r["sparsity"]) == (method, s)]
+            for s in sparsities
+        ]
+        rows.append(f"| CPU-s, {method} | " + " | ".join(f"{mean(t):.2f}" if t else "" for t in times) + " |")
+    return "\n".join(rows)
+
+
+def _cell(values: Iterable[float], digits: int = 2) -> str:
+    values = list(values)
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ({stdev(values) / len(values) ** 0.5:.{digits}f})"
+
+
+def show(results: Path = Path("runs/chita-mlpnet.jsonl")) -> None:
+    """Print the table of a results file."""
+    import sys
+
+    sys.stdout.write(table(results) + "\n")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.extras.subcommand_cli_from_dict({"run": run, "table": show})

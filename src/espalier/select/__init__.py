@@ -1,0 +1,15 @@
+"""One-shot selection of what stays."""
+
+from espalier.select.cbs import cbs as cbs
+from espalier.select.chita import chita as chita
+from espalier.select.magnitude import magnitude as magnitude
+from espalier.select.mfac import mfac as mfac
+from espalier.select.multistage import StageOptions as StageOptions
+from espalier.select.multistage import chita_plus_plus as chita_plus_plus
+from espalier.select.patterns import cardinality as cardinality
+from espalier.select.patterns import n_of_m as n_of_m
+from espalier.select.patterns import per_layer as per_layer
+from espalier.select.problem import first_order_target as first_order_target
+from espalier.select.problem import objective as objective
+from espalier.select.result import Result as Result
+from espalier.select.woodfisher import woodfisher as woodfisher

@@ -1,0 +1,149 @@
+"""CHITA++: prune in stages, each with fresh gradients at the weights of the one before."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from espalier.curvature.gradients import GradientOptions, gradients
+from espalier.curvature.layout import Predicate, WeightLayout, convolution_and_linear
+from espalier.curvature.matrix import dead_columns
+from espalier.curvature.per_layer import Loss
+from espalier.select.chita import Solver, solve
+from espalier.select.patterns import Quota, cardinality
+from espalier.select.problem import Problem
+from espalier.select.result import Result
+
+Schedule = Literal["exponential", "linear", "constant", "cubic"]
+Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+
+
+def densities(schedule: Schedule, stages: int, keep: float) -> list[float]:
+    """The fraction of weights that stays after each stage, ending at `keep`.
+
+    >>> densities("linear", 2, 0.5)
+    [0.75, 0.5]
+
+    exponential: keep^(t/f), ever smaller steps in sparsity; linear: 1 − τt/f; cubic: 1 − τ(1 − (1 − t/f)³);
+    constant: `keep` at once, then again and again. τ = 1 − keep, t = 1 … f stages.
+    """
+    if stages < 1:
+        raise ValueError(f"stages = {stages}: at least one is needed")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep = {keep}: the fraction of weights to keep must lie in (0, 1]")
+    tau, steps = 1 - keep, [t / stages for t in range(1, stages + 1)]
+    match schedule:
+        case "exponential":
+            out = [math.exp(x * math.log(keep)) for x in steps]
+        case "linear":
+            out = [1 - tau * x for x in steps]
+        case "cubic":
+            out = [1 - tau * (1 - (1 - x) ** 3) for x in steps]
+        case "constant":
+            out = [keep for _ in steps]
+        case _:
+            raise ValueError(f"unknown schedule {schedule!r}: exponential, linear, cubic or constant")
+    return [*out[:-1], keep]
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """Settings of CHITA++; one stage without first-order term is CHITA.
+
+    stages, schedule: see `densities`. n, batch: gradients per stage and samples averaged in each. ridge: λ.
+    first_order: use the gradient itself, not only the curvature. drop_dead: weights whose gradient is zero
+    on all samples (a pixel that is always black) do not change the model of the loss; they are dropped
+    rather than kept for the ridge's sake. seed: draws the samples, where the data is a pair of tensors.
+    """
+
+    stages: int = 15
+    schedule: Schedule = "exponential"
+    n: int = 1000
+    batch: int = 16
+    ridge: float = 1e-2
+    first_order: bool = True
+    solver: Solver = "exchange"
+    drop_dead: bool = True
+    seed: int = 0
+    gradient: GradientOptions = field(default_factory=GradientOptions)
+
+
+def chita_plus_plus(
+    model: nn.Module,
+    loss: Loss,
+    data: Data,
+    keep: float | Callable[[WeightLayout, float], Quota],
+    options: StageOptions | None = None,
+    prunable: Predicate = convolution_and_linear,
+    path: Sequence[float] | None = None,
+    on_stage: Callable[[int, nn.Module, Result], None] | None = None,
+) -> Result:
+    """Prune a model one-shot, in stages: Algorithm 1 of the paper. The model itself is left as it is.
+
+    >>> model = nn.Linear(4, 2, bias=False).eval()
+    >>> data = torch.randn(64, 4), torch.randint(2, (64,))
+    >>> options = StageOptions(stages=2, n=16, batch=2)
+    >>> chita_plus_plus(model, nn.functional.cross_entropy, data, 0.5, options).kept
+    4
+
+    At stage t: A from a fresh batch at wᵗ⁻¹, then wᵗ solves problem (5) with w̄ = wᵗ⁻¹ and
+    k = ⌊keepₜ · p⌋. `path` gives the densities themselves instead of a schedule (`keep` is then ignored).
+    `on_stage(t, copy of the model, result)` is called after each stage. Returns the last stage's result,
+    whose history holds the objective of every stage; `WeightLayout.write` applies it.
+    """
+    options = options or StageOptions()
+    steps = list(path) if path is not None else densities(options.schedule, options.stages, _fraction(keep))
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(options.seed)
+    result, history = None, []
+    for stage, density in enumerate(steps, 1):
+        sample = draw(data, options.n * options.batch, generator)
+        try:
+            found = gradients(model, loss, sample, options.n, options.batch, prunable, options.gradient)
+        except ValueError as error:
+            raise ValueError(f"stage {stage} of {len(steps)}: {error}") from error
+        quota = (
+            keep(found.layout, density)
+            if callable(keep)
+            else cardinality(int(density * found.layout.numel), found.layout.numel)
+        )
+        result = prune_once(found.A, found.w_bar, quota, options)
+        found.layout.write(model, result.weights)
+        history.append(result.objective)
+        if on_stage is not None:
+            on_stage(stage, model, result)
+    assert result is not None
+    return replace(result, history=tuple(history))
+
+
+def prune_once(A: Tensor, w_bar: Tensor, quota: Quota, options: StageOptions) -> Result:
+    """One stage on given gradients."""
+    dead = dead_columns(A) if options.drop_dead else torch.zeros(A.shape[1], dtype=torch.bool)
+    aim = torch.where(dead, torch.zeros((), dtype=w_bar.dtype), w_bar)
+    problem = Problem.of(A, None, aim, options.ridge)
+    if options.first_order:  # b = Aw̄ − e/m, given as the residual itself
+        problem = replace(problem, residual=problem.residual - 1.0 / options.batch)
+    return solve(problem, quota, options.solver)
+
+
+def draw(data: Data, count: int, generator: torch.Generator) -> Data:
+    """`count` samples: fresh ones of a pair of tensors; a loader is passed on and shuffles by itself."""
+    if not (isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)):
+        return data
+    inputs, targets = data
+    if len(inputs) < count:
+        raise ValueError(f"a stage needs n · batch = {count} samples, but the data has {len(inputs)}")
+    index = torch.randperm(len(inputs), generator=generator)[:count]
+    return inputs[index], targets[index]  # type: ignore[index]
+
+
+def _fraction(keep: float | Callable[[WeightLayout, float], Quota]) -> float:
+    if callable(keep):
+        raise ValueError("with a pattern instead of a fraction, give the densities as `path`")
+    return keep

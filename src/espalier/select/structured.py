@@ -1,0 +1,200 @@
+"""Structured CHITA: whole groups of weights chosen under problem (5).
+
+A group is any set of weights that goes as one: a filter, a neuron, a head, a segment, or a block of a matrix.
+With z and K of `dual` and H_g = A_gᵀK⁻¹A_g, taking a whole group out and refitting everything raises Q by
+exactly (ρ/2) z_gᵀ(I − H_g)⁻¹z_g, and bringing one in lowers it by (ρ/2) z_gᵀ(I + H_g)⁻¹z_g.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from espalier.curvature.matrix import columns
+from espalier.select.dual import DualState
+from espalier.select.problem import Problem
+from espalier.select.result import Result, finish
+
+
+@dataclass(frozen=True)
+class StructuredOptions:
+    """sweeps: rounds in which groups are eliminated, their exact costs renewed in between. exchanges: at
+    most so many rounds of swapping groups afterwards. memory: bytes for the columns looked at together.
+    """
+
+    sweeps: int = 16
+    exchanges: int = 30
+    memory: int = 256 << 20
+
+
+@dataclass(frozen=True)
+class StructuredResult:
+    """`kept`: bool per group; `result`: weights and support as for single weights; `cost`: what is spent."""
+
+    kept: Tensor
+    result: Result
+    cost: float
+
+
+def structured_chita(
+    problem: Problem,
+    group: Tensor,
+    budget: float,
+    costs: Tensor | None = None,
+    options: StructuredOptions | None = None,
+) -> StructuredResult:
+    """Choose groups whose costs sum to at most `budget`, and refit the weights in them.
+
+    >>> problem = Problem.of(torch.tensor([[1.0, 1.0, 3.0]]), None, torch.ones(3), ridge=0.1)
+    >>> structured_chita(problem, torch.tensor([0, 0, 1]), budget=1).kept
+    tensor([False,  True])
+
+    group: int64 [p], the structure of each weight, counted from 0; −1 for weights that always stay (they are
+    refitted too). costs: [groups], for example MACs; by default 1 each, so that `budget` counts groups.
+    Groups are eliminated by exact cost per unit of budget, renewed `sweeps` times; then groups are exchanged
+    as long as that lowers Q within the budget. Raises ValueError where not even one group fits.
+    """
+    options = options or StructuredOptions()
+    if group.shape != (problem.p,):
+        raise ValueError(f"group has shape {tuple(group.shape)}, but A has {problem.p} columns")
+    count = int(group.max()) + 1
+    if count < 1:
+        raise ValueError("no weight belongs to a group: nothing can be pruned")
+    costs = torch.ones(count) if costs is None else costs
+    costs = costs.double()
+    if costs.shape != (count,) or not bool((costs > 0).all()):
+        raise ValueError(f"costs must hold {count} positive numbers, one per group")
+    if budget < float(costs.min()):
+        raise ValueError(
+            f"budget = {budget}: not even the cheapest group fits; it needs {float(costs.min()):g}"
+        )
+    members = _members(group, count)
+    state = DualState.of(problem, torch.ones(problem.p, dtype=torch.bool))
+    state.solve()
+    kept, history = torch.ones(count, dtype=torch.bool), []
+    excess = float(costs.sum()) - budget
+    for sweep in range(options.sweeps):
+        over = float(costs[kept].sum()) - budget
+        if over <= 1e-9 * budget:
+            break
+        share = over if sweep == options.sweeps - 1 else max(excess / options.sweeps, over / options.sweeps)
+        price = _changes(state, members, kept, options, kept) / costs
+        order = torch.where(kept, price, torch.inf).argsort()[: int(kept.sum()) - 1]
+        spent = costs[order].cumsum(0)
+        drop = order[: int((spent < share - 1e-9 * budget).sum()) + 1]
+        _move(state, members, drop[:0], drop)
+        kept[drop] = False
+        state.solve()
+    if float(costs[kept].sum()) > budget * (1 + 1e-9):  # only one, too costly, group is left
+        best = int(torch.where(costs <= budget, costs, 0).argmax())
+        _move(state, members, torch.tensor([best]), kept.nonzero().flatten())
+        kept[:] = False
+        kept[best] = True
+        state.solve()
+    history.append(state.objective)
+    for _ in range(options.exchanges):
+        moved = _exchange(state, members, kept, costs, budget, options)
+        if moved is None:
+            break
+        state, kept = moved
+        history.append(state.objective)
+    result = finish(problem, state.potential(), state.support, history, groups=int(kept.sum()))
+    return StructuredResult(kept, result, float(costs[kept].sum()))
+
+
+def _members(group: Tensor, count: int) -> Tensor:
+    """Indices of each group's weights, [groups, largest size], padded with −1."""
+    sizes = torch.bincount(group[group >= 0], minlength=count)
+    if bool((sizes == 0).any()):
+        raise ValueError(
+            f"group {int((sizes == 0).nonzero()[0])} has no weights: number the groups without gaps"
+        )
+    order = group.argsort(stable=True)[int((group < 0).sum()) :]
+    place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[group[order]]
+    out = torch.full((count, int(sizes.max())), -1)
+    out[group[order], place] = order
+    return out
+
+
+def _weights(members: Tensor, groups: Tensor) -> Tensor:
+    index = members[groups].flatten()
+    return index[index >= 0]
+
+
+def _changes(
+    state: DualState, members: Tensor, kept: Tensor, options: StructuredOptions, wanted: Tensor | None = None
+) -> Tensor:
+    """Per group, the exact change of Q of taking it out (kept) or bringing it in (not kept); positive.
+
+    Only of the groups in the boolean `wanted`, where given; the others' entries are infinite.
+    """
+    z, n = state.potential().double(), state.problem.n
+    groups = torch.arange(len(members)) if wanted is None else wanted.nonzero().flatten()
+    sizes = (members >= 0).sum(1)
+    groups = groups[sizes[groups].argsort()]  # groups of like size together: little padding
+    out = torch.full((len(members),), torch.inf, dtype=torch.float64)
+    while len(groups):
+        ends = sizes[groups] * torch.arange(1, len(groups) + 1) * (8 * 3 * n)
+        take = groups[: max(1, int((ends <= options.memory).sum()))]
+        groups = groups[len(take) :]
+        out[take] = _chunk_changes(state, members[take, : int(sizes[take].max())], kept[take], z)
+    return out
+
+
+def _chunk_changes(state: DualState, some: Tensor, inside: Tensor, z: Tensor) -> Tensor:
+    n, live, index = state.problem.n, some >= 0, some.clamp_min(0)
+    a = columns(state.problem.A, index.flatten()).double()
+    half = torch.linalg.solve_triangular(state.factor, a, upper=False)
+    half = half.view(n, *some.shape).permute(1, 0, 2) * live[:, None]  # [groups, n, size]
+    u = (z[index] * live)[..., None]
+    sign = torch.where(inside, -1.0, 1.0).double()[:, None, None]
+    if some.shape[1] <= n:
+        M = torch.eye(some.shape[1]).double() + sign * (half.transpose(1, 2) @ half)
+        value = (u * torch.linalg.solve(M, u)).sum((1, 2))
+    else:  # (I ∓ HᵀH)⁻¹ = I ± Hᵀ(I ∓ HHᵀ)⁻¹H, of size n instead
+        v = half @ u
+        M = torch.eye(n).double() + sign * (half @ half.transpose(1, 2))
+        value = u.square().sum((1, 2)) - (sign * v * torch.linalg.solve(M, v)).sum((1, 2))
+    return 0.5 * state.problem.rho * value
+
+
+def _move(state: DualState, members: Tensor, add: Tensor, drop: Tensor) -> None:
+    state.add_drop(_weights(members, add), _weights(members, drop))
+
+
+def _exchange(
+    state: DualState, members: Tensor, kept: Tensor, costs: Tensor, budget: float, options: StructuredOptions
+) -> tuple[DualState, Tensor] | None:
+    """The first exchange, of the most promising groups and ever fewer of them, that lowers Q; or None."""
+    change = _changes(state, members, kept, options)
+    gains = torch.where(kept, -torch.inf, change / costs).argsort(descending=True)[: int((~kept).sum())]
+    losses = torch.where(kept, change / costs, torch.inf).argsort()[: int(kept.sum())]
+    size = max(1, min(len(gains), len(losses)) // 10)
+    trials = [(gains[:q], q) for q in _halvings(size)]
+    trials += [(gains[i : i + 1], 1) for i in range(1, min(8, len(gains)))]
+    for add, _ in trials:
+        if not len(add):
+            return None
+        room = budget * (1 + 1e-9) - float(costs[kept].sum()) - float(costs[add].sum())
+        freed = costs[losses].cumsum(0)
+        needed = int((freed < -room).sum()) + 1 if room < 0 else 0
+        if needed > len(losses):
+            continue
+        trial = DualState(state.problem, state.support.clone(), state.K.clone(), state.t.clone())
+        _move(trial, members, add, losses[:needed])
+        trial.solve()
+        if trial.objective < state.objective * (1 - 1e-9):
+            after = kept.clone()
+            after[add], after[losses[:needed]] = True, False
+            return trial, after
+    return None
+
+
+def _halvings(size: int) -> list[int]:
+    out = []
+    while size:
+        out.append(size)
+        size //= 2
+    return out

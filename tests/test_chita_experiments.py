@@ -1,0 +1,61 @@
+"""The networks of the tables load their checkpoints, and a cell of the table can be computed and resumed."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from espalier.curvature.layout import WeightLayout
+from espalier.experiments import chita as experiment
+
+needs_data = pytest.mark.skipif(
+    "ESPALIER_DATA" not in os.environ, reason="ESPALIER_DATA is not set: no MNIST, CIFAR-10 or checkpoints"
+)
+
+
+@needs_data
+def test_mlpnet_checkpoint_scores_what_its_card_says():
+    task = experiment.load_task("mlpnet")
+    assert experiment.accuracy(task.model, task.judge) == pytest.approx(93.97, abs=0.02)
+    assert WeightLayout.of(task.model, task.prunable).numel == 32_360
+    assert len(task.train[0]) == 50_000
+
+
+@needs_data
+def test_resnet20_checkpoint():
+    task = experiment.load_task("resnet20", "held-out")
+    assert WeightLayout.of(task.model, task.prunable).numel == 268_336
+    some = task.judge[0][:500], task.judge[1][:500]
+    assert experiment.accuracy(task.model, some) > 90
+
+
+@needs_data
+def test_cells_are_written_once(tmp_path):
+    out = tmp_path / "cells.jsonl"
+    for _ in range(2):
+        experiment.run("mlpnet", out, ("magnitude",), (0,), (0.5, 0.98), "held-out")
+    lines = out.read_text().splitlines()
+    assert len(lines) == 2
+    text = experiment.table(out)
+    assert "| magnitude |" in text
+    assert "*93.93*" in text
+
+
+def test_missing_data_is_said(monkeypatch):
+    monkeypatch.delenv("ESPALIER_DATA", raising=False)
+    with pytest.raises(RuntimeError, match="set ESPALIER_DATA"):
+        experiment.load_task("mlpnet")
+
+
+def test_paths_pass_through_the_table():
+    for network, settings in experiment.SETTINGS.items():
+        assert list(settings.path) == sorted(settings.path)
+        assert set(experiment.SPARSITIES[network]) <= set(settings.path)
+
+
+def test_table_shows_mean_and_standard_error(tmp_path):
+    out = Path(tmp_path) / "cells.jsonl"
+    cell = {"network": "mlpnet", "method": "ours", "sparsity": 0.5, "objective": 1, "cpu_seconds": 2}
+    out.write_text("".join(json.dumps({**cell, "accuracy": a}) + "\n" for a in (90.0, 92.0)))
+    assert "| ours | 91.00 (1.00) |" in experiment.table(out)

@@ -1,0 +1,266 @@
+"""Gradients against autograd, inverses against dense matrices, and clear errors for what cannot work."""
+
+import os
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from espalier.curvature import (
+    BlockWoodburyInverse,
+    DenseInverse,
+    DualInverse,
+    Fisher,
+    GradientOptions,
+    MatrixFreeInverse,
+    WeightLayout,
+    gradients,
+)
+from espalier.curvature.matrix import columns, gram, matvec, rmatvec
+from espalier.models.resnet_cifar import CifarResNet
+
+CE = nn.functional.cross_entropy
+
+
+class Small(nn.Module):
+    """Grouped, strided and dilated convolutions, a layer used twice, batch norm, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.b = nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2, bias=False)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.a(x)))
+        return self.fc(self.b(self.b(x)).mean((2, 3)))
+
+
+def by_autograd(model, layout, x, y, batch):
+    parameters = dict(model.named_parameters())
+    rows = []
+    for xs, ys in zip(x.split(batch), y.split(batch), strict=True):
+        grads = torch.autograd.grad(CE(model(xs), ys), [parameters[name] for name in layout.names])
+        rows.append(torch.cat([g.reshape(-1) for g in grads]))
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    model = Small().double().eval()
+    return model, torch.randn(12, 3, 9, 9).double(), torch.randint(5, (12,))
+
+
+@pytest.mark.parametrize("method", ["layers", "vmap", "loop", "auto"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_gradients_equal_autograd(case, method, batch):
+    model, x, y = case
+    options = GradientOptions(dtype=torch.float64, method=method)
+    found = gradients(model, CE, (x, y), 12 // batch, batch, options=options)
+    expected = by_autograd(model, found.layout, x, y, batch)
+    torch.testing.assert_close(found.A, expected)
+    assert found.mean_loss == pytest.approx(float(CE(model(x), y).detach()))
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(found.w_bar, found.layout.flatten(model))
+
+
+def test_sequence_inputs_and_embeddings_without_gradient():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5)).double().eval()
+    x, y = torch.randint(7, (6, 3)), torch.randint(5, (6, 3))
+
+    def loss(output, target):
+        return CE(output.flatten(0, 1), target.flatten())
+
+    options = {m: GradientOptions(dtype=torch.float64, method=m) for m in ("layers", "loop", "vmap")}
+    a, b, c = (gradients(model, loss, (x, y), 3, 2, options=o).A for o in options.values())
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(c, b)
+
+
+def test_chunks_loaders_and_disk_give_the_same_rows(case, tmp_path):
+    model, x, y = case
+    whole = gradients(model, CE, (x, y), 12, options=GradientOptions(dtype=torch.float64)).A
+    loader = [(x[:5], y[:5]), (x[5:6], y[5:6]), (x[6:], y[6:])]
+    small = GradientOptions(dtype=torch.float64, memory_limit=1, path=tmp_path / "A.bin")
+    torch.testing.assert_close(gradients(model, CE, loader, 12, options=small).A, whole)
+    assert os.path.getsize(tmp_path / "A.bin") == whole.numel() * 8
+    brain = GradientOptions(dtype=torch.bfloat16, path=tmp_path / "B.bin", progress=True)
+    stored = gradients(model, CE, loader, 12, options=brain).A
+    assert stored.dtype == torch.bfloat16
+    torch.testing.assert_close(stored.double(), whole, rtol=1e-2, atol=1e-3)
+
+
+def test_rank_rows_partition(case, monkeypatch):
+    model, x, y = case
+    options = GradientOptions(dtype=torch.float64)
+    whole = gradients(model, CE, (x, y), 5, 2, options=options).A
+    module = __import__("espalier.curvature.gradients", fromlist=["_rank_rows"])
+    parts = []
+    for low, high in ((0, 2), (2, 5)):
+        monkeypatch.setattr(module, "_rank_rows", lambda n, low=low, high=high: (low, high))
+        part = gradients(model, CE, (x, y), 5, 2, options=options)
+        assert (part.first_row, part.total_rows) == (low, 5)
+        parts.append(part.A)
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_vmap_falls_back_with_a_warning():
+    class Item(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.fc(x) * float(x.abs().sum().item() > -1)
+
+    model, x, y = Item().eval(), torch.randn(3, 2), torch.tensor([0, 1, 0])
+    with pytest.warns(UserWarning, match="one backward pass per row"):
+        found = gradients(model, CE, (x, y), 3, options=GradientOptions(method="vmap"))
+    torch.testing.assert_close(found.A, by_autograd(model, found.layout, x, y, 1))
+
+
+def test_input_overwritten_in_place_is_refused():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x):
+            x = x * 1.0
+            y = self.fc(x)
+            x.add_(1)
+            return y
+
+    with pytest.raises(ValueError, match="overwritten in place"):
+        gradients(Overwrites().eval(), CE, (torch.randn(3, 2), torch.tensor([0, 1, 0])), 3)
+
+
+class TestBadInput:
+    def test_training_mode(self, case):
+        model, x, y = case
+        model.norm.train()
+        with pytest.raises(ValueError, match=r"training mode \(norm\)"):
+            gradients(model, CE, (x, y), 2)
+
+    @pytest.mark.parametrize(("n", "batch"), [(0, 1), (1, 0)])
+    def test_nothing_asked(self, case, n, batch):
+        with pytest.raises(ValueError, match="at least 1"):
+            gradients(case[0], CE, case[1:], n, batch)
+
+    def test_too_little_data(self, case):
+        with pytest.raises(ValueError, match="ended 1 samples too early"):
+            gradients(case[0], CE, case[1:], 13)
+
+    def test_loader_of_other_shapes(self, case):
+        model, x, y = case
+        with pytest.raises(ValueError, match="12 inputs with 5 targets"):
+            gradients(model, CE, (x, y[:5]), 2)
+
+    def test_not_finite(self, case):
+        model, x, y = case
+        x = x.clone()
+        x[7] = torch.nan
+        with pytest.raises(ValueError, match="mini-batch 7 is not finite"):
+            gradients(model, CE, (x, y), 12)
+
+    def test_not_enough_memory(self, case, tmp_path):
+        model, x, y = case
+        path = tmp_path / "A.bin"
+        for options in (GradientOptions(memory_limit=1 << 60), GradientOptions(path=path)):
+            with pytest.raises(MemoryError, match="would fit"):
+                gradients(model, CE, (x, y), 1 << 50, options=options)
+        assert not path.exists()
+
+    def test_tied_and_frozen(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).eval()
+        model[1].weight = model[0].weight
+        with pytest.raises(ValueError, match=r"0.weight and 1.weight are one tied tensor"):
+            WeightLayout.of(model)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).eval()
+        model[1].weight.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"frozen weights cannot be pruned: 1.weight"):
+            WeightLayout.of(model)
+        with pytest.raises(ValueError, match="accepts no parameter"):
+            WeightLayout.of(nn.BatchNorm1d(3))
+
+
+def test_layout_round_trip():
+    model = CifarResNet(1).eval()
+    layout = WeightLayout.of(model, lambda name, module, p: p.ndim > 1 and "downsample" not in name)
+    vector = layout.flatten(model)
+    assert len(vector) == layout.numel == int(layout.tensor_index().bincount().sum())
+    layout.write(model, vector * 2)
+    torch.testing.assert_close(layout.flatten(model), vector * 2)
+    with pytest.raises(ValueError, match="expected"):
+        layout.unflatten(vector[1:])
+
+
+@pytest.fixture(params=[(5, 12), (20, 12), (1, 3)], ids=str)
+def A(request):
+    torch.manual_seed(2)
+    return torch.randn(*request.param, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.7])
+@pytest.mark.parametrize("kind", [DenseInverse, DualInverse, MatrixFreeInverse, BlockWoodburyInverse])
+def test_inverses_equal_dense(A, damping, kind):
+    n, p = A.shape
+    F = A.t() @ A / n + damping * torch.eye(p).double()
+    inverse = kind(A, damping)
+    v, V = torch.randn(p).double(), torch.randn(p, 3).double()
+    for x in (v, V):
+        torch.testing.assert_close(inverse @ x, torch.linalg.solve(F, x), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(inverse.solve(x), F @ x)
+        torch.testing.assert_close(Fisher(A, damping) @ x, F @ x)
+        torch.testing.assert_close(
+            Fisher(A, damping).solve(x), torch.linalg.solve(F, x), rtol=1e-8, atol=1e-8
+        )
+    torch.testing.assert_close(inverse.diag(), torch.linalg.inv(F).diagonal(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(Fisher(A, damping).diag(), F.diagonal())
+    torch.testing.assert_close(Fisher(A, damping).dense(), F)
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 100])
+def test_blocks_do_not_cross_tensors(A, block):
+    n, p = A.shape
+    sizes = (p - 1, 1)
+    inverse = BlockWoodburyInverse(A, 0.3, block, sizes)
+    F = torch.zeros(p, p).double()
+    for part in inverse.blocks:
+        assert part.stop - part.start <= block
+        assert part.stop <= p - 1 or part.start >= p - 1
+        F[part, part] = A[:, part].t() @ A[:, part] / n + 0.3 * torch.eye(part.stop - part.start).double()
+    v = torch.randn(p).double()
+    torch.testing.assert_close(inverse @ v, torch.linalg.solve(F, v))
+    torch.testing.assert_close(inverse.diag(), torch.linalg.inv(F).diagonal())
+    torch.testing.assert_close(inverse.solve(v), F @ v)
+
+
+@pytest.mark.parametrize("kind", [DenseInverse, DualInverse, MatrixFreeInverse, BlockWoodburyInverse])
+def test_inverse_needs_damping_and_gradients(kind):
+    with pytest.raises(ValueError, match="no inverse without a positive"):
+        kind(torch.ones(2, 3), 0.0)
+    with pytest.raises(ValueError, match="at least one gradient"):
+        kind(torch.ones(0, 3), 1.0)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "bfloat16"])
+def test_products_whatever_the_storage(layout):
+    torch.manual_seed(3)
+    A = torch.randn(6, 40).bfloat16()
+    plain = A.double()
+    stored = {"rows": A.float(), "columns": A.float().t().contiguous().t(), "bfloat16": A}[layout]
+    index, x, y = torch.tensor([3, 0, 17]), torch.randn(40), torch.randn(6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(columns(stored, index).double(), plain[:, index])
+        torch.testing.assert_close(gram(stored), plain @ plain.t(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            gram(stored, index), plain[:, index] @ plain[:, index].t(), rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(matvec(stored, x).double(), plain @ x.double(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rmatvec(stored, y).double(), plain.t() @ y.double(), rtol=1e-4, atol=1e-4)
