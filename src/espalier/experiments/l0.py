@@ -20,10 +20,10 @@ from torch.nn.functional import cross_entropy
 from espalier.data import load
 from espalier.models.lenet5 import LeNet5
 from espalier.models.mlp_l0 import MLP
+from espalier.space.cost import measure
 from espalier.sparsify.gates import Gates
 from espalier.sparsify.sites import Site, input_gates, output_gates
 from espalier.sparsify.sliced import sliced
-from espalier.space.cost import measure
 
 SEPARATE = {"mlp": (0.1, 0.3, 0.4), "lenet5": (10.0, 0.5, 0.1, 10.0)}
 INITIAL = {"mlp": (0.8, 0.5, 0.5), "lenet5": (0.5, 0.5, 0.5, 0.5)}
@@ -82,7 +82,9 @@ def gated(recipe: Recipe, examples: int) -> Gates:
     )
 
 
-def train_epoch(gates: Gates, opt: torch.optim.Optimizer, x: Tensor, y: Tensor, order: Tensor, batch_size: int) -> float:
+def train_epoch(
+    gates: Gates, opt: torch.optim.Optimizer, x: Tensor, y: Tensor, order: Tensor, batch_size: int
+) -> float:
     """One pass over the data in this order; the mean loss."""
     gates.model.train()
     total = torch.zeros(())
@@ -100,7 +102,9 @@ def train_epoch(gates: Gates, opt: torch.optim.Optimizer, x: Tensor, y: Tensor, 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of right predictions, in per cent."""
     model.eval()
-    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
+    right = sum(
+        int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True)
+    )
     return 100.0 * right / len(y)
 
 
@@ -171,7 +175,9 @@ def run(recipe: Recipe, out: Path, save_every: int = 5) -> dict[str, Any]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", choices=("mlp", "lenet5"), default="mlp")
     parser.add_argument("--method", choices=("hc", "ar", "arm", "disarm"), default="arm")
     parser.add_argument("--lam", choices=("one", "separate"), default="one")

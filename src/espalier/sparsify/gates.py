@@ -84,7 +84,9 @@ class Gates(nn.Module):
         own = dict(model.named_parameters())
         for site in self.sites:
             if not any(own[s.parameter].requires_grad for s in site.slices):
-                raise TrainingError(f"'{site.name}' is frozen (requires_grad=False): its gates would have nothing to train.")
+                raise TrainingError(
+                    f"'{site.name}' is frozen (requires_grad=False): its gates would have nothing to train."
+                )
         starts, stops = [], []
         total = 0
         for site in self.sites:
@@ -104,7 +106,9 @@ class Gates(nn.Module):
             phi = draw_phi(self.g, pi, self._generator)
         lam_of = self._spread(lam, "lam")
         if bool((lam_of < 0).any()) or examples < 1:
-            raise TrainingError("lam is at least 0, and examples, the number of training examples, at least 1.")
+            raise TrainingError(
+                "lam is at least 0, and examples, the number of training examples, at least 1."
+            )
         size = torch.cat([torch.full((s.count,), float(s.size)) for s in self.sites])
         self.phi = nn.Parameter(phi.to(device))
         self.register_buffer("_cost", (lam_of * size / examples).to(device), persistent=False)
@@ -151,7 +155,9 @@ class Gates(nn.Module):
             if any(len(k) == 0 for k in self._kept.values()):
                 self._kept = None  # a layer without any unit: multiply instead
                 return self.model(*args, **kwargs)
-            return functional_call(self.model, self.narrowing.parameters(self.model, self._kept), args, kwargs)
+            return functional_call(
+                self.model, self.narrowing.parameters(self.model, self._kept), args, kwargs
+            )
         finally:
             self._kept = None
 
@@ -197,8 +203,10 @@ class Gates(nn.Module):
                     partner = self._evaluate(loss, opposite)
             f = self._evaluate(loss, z)
         total = f.mean() + self.penalty()
-        if total.device.type == "cpu" and not bool(torch.isfinite(total)):
-            raise TrainingError(f"the loss is {float(total)}: lower the learning rate or clip the gradients.")
+        if total.device.type == "cpu" and not bool(torch.isfinite(total.detach())):
+            raise TrainingError(
+                f"the loss is {float(total.detach())}: lower the learning rate or clip the gradients."
+            )
         (total if scaler is None else scaler.scale(total)).backward()
         if self.estimator != "hc":
             with torch.no_grad():
@@ -291,7 +299,9 @@ class Gates(nn.Module):
             unknown = set(value) ^ {s.name for s in self.sites}
             if unknown:
                 names = ", ".join(s.name for s in self.sites)
-                raise TrainingError(f"{what}: '{sorted(unknown)[0]}' is missing or no site's name; the sites are {names}.")
+                raise TrainingError(
+                    f"{what}: '{sorted(unknown)[0]}' is missing or no site's name; the sites are {names}."
+                )
         per_site = [float(value[s.name] if isinstance(value, Mapping) else value) for s in self.sites]
         return torch.cat([torch.full((s.count,), v) for s, v in zip(self.sites, per_site, strict=True)])
 
@@ -341,7 +351,11 @@ class Gates(nn.Module):
             z = value(output)
             return output if z is None else output * z
 
-        return layer.register_forward_pre_hook(before) if site.side == "input" else layer.register_forward_hook(after)
+        return (
+            layer.register_forward_pre_hook(before)
+            if site.side == "input"
+            else layer.register_forward_hook(after)
+        )
 
 
 @contextmanager

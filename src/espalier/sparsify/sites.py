@@ -53,7 +53,16 @@ def input_gates(model: nn.Module, layer: str, producer: str | None = None, name:
     above = ()
     if producer is not None:
         above = _rows(model, producer, owner)
-    return Site(name or layer, layer, "input", count, weight.numel() / count, scaled, scaled + above, producer is not None)
+    return Site(
+        name or layer,
+        layer,
+        "input",
+        count,
+        weight.numel() / count,
+        scaled,
+        scaled + above,
+        producer is not None,
+    )
 
 
 def output_gates(model: nn.Module, layer: str, consumers: Sequence[str] = (), name: str = "") -> Site:
@@ -75,7 +84,9 @@ def output_gates(model: nn.Module, layer: str, consumers: Sequence[str] = (), na
         _, other = _weight(model, consumer)
         block, rest = divmod(other.shape[1], count)
         if rest:
-            raise TrainingError(f"'{consumer}' reads {other.shape[1]} features, no multiple of the {count} of '{layer}'.")
+            raise TrainingError(
+                f"'{consumer}' reads {other.shape[1]} features, no multiple of the {count} of '{layer}'."
+            )
         below.append(Slices(f"{consumer}.weight", 1, owner.repeat_interleave(block)))
     return Site(name or layer, layer, "output", count, weight.numel() / count, own, (*own, *below))
 
@@ -96,7 +107,9 @@ def structure_gates(space: SearchSpace) -> list[Site]:
                     f"multiply: write it with torch.nn layers."
                 )
             if len(structure.segments) > 1:
-                raise TrainingError(f"structure '{structure.name}' has several segments that share parameters: no gate fits.")
+                raise TrainingError(
+                    f"structure '{structure.name}' has several segments that share parameters: no gate fits."
+                )
             layer = space.trace.graph_module.get_submodule(layers[-1])
             path = next(path for path, m in space.model.named_modules() if m is layer)
             linear = isinstance(layer, nn.Linear | nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
@@ -104,7 +117,9 @@ def structure_gates(space: SearchSpace) -> list[Site]:
             scaled = tuple(Slices(name) for name in own if name in structure.parameters)
             every = tuple(Slices(name) for name in structure.parameters)
             size = float(sum(sizes[name] for name in structure.parameters))
-            sites.append(Site(structure.name, path, "output", 1, size, scaled, every, structure=structure.name))
+            sites.append(
+                Site(structure.name, path, "output", 1, size, scaled, every, structure=structure.name)
+            )
     return sites
 
 
@@ -113,7 +128,10 @@ def _rows(model: nn.Module, layer: str, owner: torch.Tensor) -> tuple[Slices, ..
     if len(weight) != len(owner):
         raise TrainingError(f"'{layer}' makes {len(weight)} features, but there are {len(owner)} gates.")
     bias = getattr(target, "bias", None)
-    return (Slices(f"{layer}.weight", 0, owner), *((Slices(f"{layer}.bias", 0, owner),) if bias is not None else ()))
+    return (
+        Slices(f"{layer}.weight", 0, owner),
+        *((Slices(f"{layer}.bias", 0, owner),) if bias is not None else ()),
+    )
 
 
 def _weight(model: nn.Module, layer: str) -> tuple[nn.Module, torch.Tensor]:
@@ -122,7 +140,11 @@ def _weight(model: nn.Module, layer: str) -> tuple[nn.Module, torch.Tensor]:
         raise TrainingError(f"no layer is called '{layer}'; there are: {', '.join(n for n in modules if n)}.")
     weight = getattr(modules[layer], "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim < 2:
-        raise TrainingError(f"'{layer}' is a {type(modules[layer]).__name__}: gates sit on linear and convolutional layers.")
+        raise TrainingError(
+            f"'{layer}' is a {type(modules[layer]).__name__}: gates sit on linear and convolutional layers."
+        )
     if not weight.requires_grad:
-        raise TrainingError(f"'{layer}' is frozen (requires_grad=False): gates on it would have nothing to train with.")
+        raise TrainingError(
+            f"'{layer}' is frozen (requires_grad=False): gates on it would have nothing to train with."
+        )
     return modules[layer], weight
