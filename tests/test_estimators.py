@@ -92,7 +92,9 @@ def test_the_papers_factor_is_biased_for_a_hard_sigmoid():
 
 
 def test_hard_concrete_is_biased():
-    """Its gradient is of a smoothed objective, not of the expectation over binary gates of the same openness."""
+    """Its gradient is of a smoothed objective, not of the expectation over binary gates of the same
+    openness.
+    """
     gate = HardConcrete()
     pi = torch.tensor([0.3, 0.45, 0.5, 0.6, 0.75, 0.9], dtype=torch.float64)
     shift = float(torch.logit(gate.open_probability(torch.zeros(1, dtype=torch.float64))))
@@ -120,7 +122,9 @@ def test_saturated_gates_get_no_gradient():
 
 
 def test_one_draw_per_example_is_averaged():
-    """A draw for each example, with each example's own loss: the mean over examples is unbiased for the mean loss."""
+    """A draw for each example, with each example's own loss: the mean over examples is unbiased for the mean
+    loss.
+    """
     g, phi = Sigmoid(7.0), phi_for(Sigmoid(7.0))
     u = torch.rand((DRAWS, V), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     z, partner = draw(phi, g, u)

@@ -1,4 +1,4 @@
-"""ProxSGD and RMDA: against the loop over groups, exact sparsity, schedules, resuming, μ found automatically."""
+"""ProxSGD and RMDA: against the loop over groups, exact sparsity, schedules, resuming, search of μ."""
 
 import warnings
 
@@ -349,7 +349,7 @@ def test_bad_input():
     train(model, opt, 1)
     model[0].weight.grad[0, 0] = float("nan")
     kept = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(TrainingError, match="gradient of '0.weight' is NaN"):
+    with pytest.raises(TrainingError, match=r"gradient of '0\.weight' is NaN"):
         opt.step()
     assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
     assert not torch.equal(before[0], kept[0])

@@ -32,7 +32,9 @@ DECAY = {"mlp": 5e-4, "lenet5": 0.0}  # as effective in the authors' code; their
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of Table 2. ``lam``: "one" (0.1 for all layers) or "separate" (the paper's, per layer); divided by N."""
+    """One row of Table 2. ``lam``: "one" (0.1 for all layers) or "separate" (the paper's, per layer); divided
+    by N.
+    """
 
     network: str = "mlp"
     method: str = "arm"

@@ -42,12 +42,12 @@ def bisect_mu(
     >>> result.met, 0.48 <= result.best.share <= 0.5
     (True, True)
 
-    ``train(mu, state)`` trains, from ``state`` where one is given, and returns the fraction that stays (of structures,
-    parameters or MACs) and its own state. The first trials multiply or divide μ by ``factor`` until the target is
-    bracketed; then the bracket is halved, in log μ. With ``warm_start`` a trial starts from the state of the nearest trial
-    with a smaller μ (a larger network: what is zero rarely revives). What stays need not fall with μ: a trial that
-    contradicts the bracket becomes its new end, a bracket that closes on a jump is opened upwards, and the best trial is kept
-    whatever happens later.
+    ``train(mu, state)`` trains, from ``state`` where one is given, and returns the fraction that stays (of
+    structures, parameters or MACs) and its own state. The first trials multiply or divide μ by ``factor``
+    until the target is bracketed; then the bracket is halved, in log μ. With ``warm_start`` a trial starts
+    from the state of the nearest trial with a smaller μ (a larger network: what is zero rarely revives). What
+    stays need not fall with μ: a trial that contradicts the bracket becomes its new end, a bracket that
+    closes on a jump is opened upwards, and the best trial is kept whatever happens later.
 
     Raises ValueError for a target or tolerance outside [0, 1] and for μ <= 0.
     """
@@ -103,11 +103,11 @@ def search(
 ) -> Any:
     """Minimise ``objective(mu, lr, rho)`` with optuna; a study in ``storage`` goes on where it stopped.
 
-    ``storage`` is optuna's, "sqlite:///search.db" for one. Returns the optuna study, with ``trials`` finished trials in
-    all. Raises ImportError, naming the extra to install, without optuna.
+    ``storage`` is optuna's, "sqlite:///search.db" for one. Returns the optuna study, with ``trials`` finished
+    trials in all. Raises ImportError, naming the extra to install, without optuna.
     """
     try:
-        import optuna
+        import optuna  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(
             "a search over mu, lr and rho needs optuna: pip install 'espalier[search]'"

@@ -55,7 +55,9 @@ class Narrowing:
         return share
 
     def selection(self, weight: str, is_open: Tensor) -> Tensor | None:
-        """Positions that stay among those that arrive at this weight's layer; None if all that arrive stay."""
+        """Positions that stay among those that arrive at this weight's layer; None if all that arrive
+        stay.
+        """
         every, arriving = self.index[weight, 1], self.arriving.get(weight, [])
         if len(every) == len(arriving):
             return None

@@ -1,9 +1,9 @@
 """Gradients of ``E f(z)`` with ``z ~ Ber(g(φ))`` from one or two evaluations of f (section 3 of L0-ARM).
 
-Every estimator differentiates with respect to the logit ψ of π = g(φ), for which it is unbiased whatever g is,
-and then multiplies by ``dψ/dφ = g'(φ) / (g(φ) (1 - g(φ)))``. The paper applies Theorem 1 to any antithetic g
-with the constant factor k in its place, which is unbiased for the scaled sigmoid only; ``reference=True`` does
-the same, for comparison.
+Every estimator differentiates with respect to the logit ψ of π = g(φ), for which it is unbiased whatever g
+is, and then multiplies by ``dψ/dφ = g'(φ) / (g(φ) (1 - g(φ)))``. The paper applies Theorem 1 to any
+antithetic g with the constant factor k in its place, which is unbiased for the scaled sigmoid only;
+``reference=True`` does the same, for comparison.
 """
 
 from collections.abc import Callable

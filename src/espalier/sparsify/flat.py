@@ -12,9 +12,12 @@ from espalier.space.solution import Solution
 from espalier.sparsify.grouping import Grouping
 from espalier.sparsify.prox import Runs
 
+_copy, _zero = torch._foreach_copy_, torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
+
 
 class FlatProximal(Optimizer):
-    """Base of the proximal optimizers; a subclass writes ``_update(w, g)`` and returns each group's shrink factor.
+    """Base of the proximal optimizers; a subclass writes ``_update(w, g)`` and returns each group's shrink
+    factor.
 
     Elements of no group form hidden groups, one per tensor, with μ = 0.
     """
@@ -31,7 +34,7 @@ class FlatProximal(Optimizer):
         given = (
             [p for p in grouping.model.parameters() if p.requires_grad] if params is None else list(params)
         )
-        super().__init__(given, defaults)
+        super().__init__(given, defaults)  # pyright: ignore[reportArgumentType]
         self._ready = True
         self.steps_done = 0
         self._tensors = [p for group in self.param_groups for p in group["params"]]
@@ -48,9 +51,11 @@ class FlatProximal(Optimizer):
         self.runs = Runs.of(torch.cat(owners).to(device), hidden)
         kind = torch.float64 if any(p.dtype == torch.float64 for p in self._tensors) else torch.float32
         self._w = torch.zeros(sum(self._sizes), dtype=kind, device=device)
-        self._views = [
-            v.view(p.shape) for v, p in zip(self._w.split(self._sizes), self._tensors, strict=True)
-        ]
+        self._g = torch.zeros_like(self._w)
+        self._views, self._g_views = (
+            [v.view(p.shape) for v, p in zip(flat.split(self._sizes), self._tensors, strict=True)]
+            for flat in (self._w, self._g)
+        )
         self.dormant = torch.zeros(len(grouping), dtype=torch.long, device=device)
         self._finite: Tensor | None = None
         self._cache: dict[str, tuple[tuple[float, ...], Any]] = {}
@@ -64,26 +69,35 @@ class FlatProximal(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        w = self._gather()
-        g = torch.cat(
-            [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in self._tensors]
-        ).to(w)
+        w, g = self._gather(), self._g
+        missing = [i for i, p in enumerate(self._tensors) if p.grad is None]
+        if missing:
+            _zero([self._g_views[i] for i in missing])
+        at = (
+            [i for i, p in enumerate(self._tensors) if p.grad is not None]
+            if missing
+            else range(len(self._tensors))
+        )
+        _copy([self._g_views[i] for i in at], [self._tensors[i].grad for i in at])
         self._check_finite(g)
         decay = self.per_element("weight_decay")
         if isinstance(decay, Tensor) or decay:
             g = g.addcmul(w, decay) if isinstance(decay, Tensor) else g.add_(w, alpha=decay)
         factor = self._update(w, g)
-        torch._foreach_copy_(self._tensors, self._views)
+        _copy(self._tensors, self._views)
         self.dormant.add_(1).mul_(factor[: len(self.grouping)] == 0)
         self.steps_done += 1
         return loss
 
     def _update(self, w: Tensor, g: Tensor) -> Tensor:
-        """Write the new parameters into ``w``; return how much every group was shrunk [groups], 0 for "is zero"."""
+        """Write the new parameters into ``w``; return how much every group was shrunk [groups], 0 for "is
+        zero".
+        """
         raise NotImplementedError
 
     def _gather(self) -> Tensor:
-        return torch.cat([p.reshape(-1) for p in self._tensors], out=self._w)
+        _copy(self._views, self._tensors)
+        return self._w
 
     def per_element(self, key: str) -> Tensor | float:
         """A hyper-parameter of ``param_groups``: one number where all agree, else one per element."""
@@ -109,8 +123,9 @@ class FlatProximal(Optimizer):
         ]
         if bad or g.device.type != "cpu":
             raise TrainingError(
-                f"the gradient of '{bad[0] if bad else '(of the step before)'}' is NaN or infinite at step {self.steps_done} "
-                f"({len(bad)} parameters in all); nothing was updated. Lower the learning rate or clip the gradients."
+                f"the gradient of '{bad[0] if bad else '(of the step before)'}' is NaN or infinite at step "
+                f"{self.steps_done} ({len(bad)} parameters in all); nothing was updated. Lower the learning "
+                f"rate or clip the gradients."
             )
 
     def _check_tensors(self) -> None:
@@ -137,8 +152,9 @@ class FlatProximal(Optimizer):
     def zero_groups(self, threshold: float | None = None, patience: int = 1) -> list[str]:
         """Names of the groups that are zero.
 
-        Without a threshold: those whose solution ŵ of the proximal step was exactly zero in the last ``patience`` steps.
-        With one, for comparison: those whose norm is at most the threshold (GSparsity: 1e-6).
+        Without a threshold: those whose solution ŵ of the proximal step was exactly zero in the last
+        ``patience`` steps. With one, for comparison: those whose norm is at most the threshold (GSparsity:
+        1e-6).
         """
         if threshold is None:
             chosen = self.dormant >= patience
@@ -154,18 +170,21 @@ class FlatProximal(Optimizer):
 
     @torch.no_grad()
     def snap(self, patience: int = 1) -> list[str]:
-        """Put the groups of :meth:`zero_groups` at exactly zero, as they are in the limit; returns their names."""
+        """Put the groups of :meth:`zero_groups` at exactly zero, as they are in the limit; returns their
+        names.
+        """
         stays = torch.ones(self.runs.count, dtype=self._w.dtype, device=self._w.device)
         stays[: len(self.grouping)] = (self.dormant < patience).to(stays)
         self._gather().mul_(self.runs.spread(stays))
-        torch._foreach_copy_(self._tensors, self._views)
+        _copy(self._tensors, self._views)
         return self.zero_groups(patience=patience)
 
     def solution(self, space: Any = None, patience: int = 1) -> Solution:
-        """The groups that are zero, as a solution: structures removed, or masks where groups lie within layers.
+        """The groups that are zero, as a solution: structures removed, or masks where groups lie within
+        layers.
 
-        Structures go as long as the network stays valid, longest zero first. For a grouping within layers give the
-        model's ``space``.
+        Structures go as long as the network stays valid, longest zero first. For a grouping within layers
+        give the model's ``space``.
         """
         space = self.grouping.space or space
         if space is None:
@@ -205,7 +224,9 @@ class FlatProximal(Optimizer):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Continue where :meth:`state_dict` was taken. Raises :class:`TrainingError` for another grouping's state."""
+        """Continue where :meth:`state_dict` was taken. Raises :class:`TrainingError` for another grouping's
+        state.
+        """
         params = [[self._names[id(p)] for p in group["params"]] for group in self.param_groups]
         if state_dict.get("names") != list(self.grouping.names) or state_dict["params"] != params:
             raise TrainingError("this optimizer state belongs to another grouping or to other parameters.")

@@ -35,18 +35,20 @@ class Gates(nn.Module):
     >>> gates.probabilities().shape
     torch.Size([8])
 
-    The gates multiply activations through forward hooks: the model is not edited. :meth:`backward` draws them,
-    evaluates the loss once ("hc", "ar") or twice ("arm", "disarm", both passes with batch norm in the same
-    mode, running statistics updated once) and leaves gradients in the model's parameters and in ``phi``. Outside
-    of it, gates have their value after training, Eq. (14): π where π exceeds the threshold, else 0.
+    The gates multiply activations through forward hooks: the model is not edited. :meth:`backward` draws
+    them, evaluates the loss once ("hc", "ar") or twice ("arm", "disarm", both passes with batch norm in the
+    same mode, running statistics updated once) and leaves gradients in the model's parameters and in ``phi``.
+    Outside of it, gates have their value after training, Eq. (14): π where π exceeds the threshold, else 0.
 
     Args:
         sites: from ``input_gates``, ``output_gates`` or ``structure_gates``.
         g: π = g(φ); not for "hc".
-        lam: λ, for all sites or by site name; it is divided by ``examples``, the number N of training examples.
+        lam: λ, for all sites or by site name; it is divided by ``examples``, the number N of training
+            examples.
         weight_decay: factor of ½ E|θ|² over the gated layers' weights, Eq. (18).
         initial: probability of a gate to be open at the start, for all sites or by site name.
-        per_sample: a draw for each example, in place of one for the whole batch; the loss must then be one per example.
+        per_sample: a draw for each example, in place of one for the whole batch; the loss must then be one
+            per example.
         threshold: τ of Eq. (14), or "histogram".
         reference: the paper's gradient factor, biased unless g is the scaled sigmoid.
         conditional: in ``gates(x)``, units whose gate is 0 are not computed.
@@ -182,11 +184,13 @@ class Gates(nn.Module):
         batch_size: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> Tensor:
-        """Draw gates, evaluate ``loss`` under them, and leave gradients everywhere; returns the loss (mean, no penalty).
+        """Draw gates, evaluate ``loss`` under them, and leave gradients everywhere; returns the loss (mean,
+        no penalty).
 
-        ``loss`` runs the model (through ``gates(x)`` or ``model(x)``) and returns the batch's mean loss, or with
-        ``per_sample`` one loss per example [B], B = ``batch_size``. Under ``torch.distributed`` the gradient of
-        ``phi`` is averaged over ranks. Raises :class:`TrainingError` for a loss that is not finite or misshapen.
+        ``loss`` runs the model (through ``gates(x)`` or ``model(x)``) and returns the batch's mean loss, or
+        with ``per_sample`` one loss per example [B], B = ``batch_size``. Under ``torch.distributed`` the
+        gradient of ``phi`` is averaged over ranks. Raises :class:`TrainingError` for a loss that is not
+        finite or misshapen.
         """
         if self.per_sample and not batch_size:
             raise TrainingError("per_sample=True: give backward() the batch_size.")
@@ -229,7 +233,8 @@ class Gates(nn.Module):
     def solution(self, space: SearchSpace) -> Solution:
         """What stays: closed structures are removed, closed units of layers are masked.
 
-        Structures go in ascending π as long as the network stays valid. ``space`` is the model's search space.
+        Structures go in ascending π as long as the network stays valid. ``space`` is the model's search
+        space.
         """
         value, pi = self.expected().detach(), self.probabilities().detach()
         closed = [
@@ -255,7 +260,8 @@ class Gates(nn.Module):
         return masks
 
     def finish(self, space: SearchSpace | None = None) -> nn.Module:
-        """Fold kept gates into the model's parameters, put closed ones at zero, take the hooks off; returns the model.
+        """Fold kept gates into the model's parameters, put closed ones at zero, take the hooks off; returns
+        the model.
 
         With ``space``, structures that its :meth:`solution` cannot remove are kept open, at their π.
         """

@@ -1,4 +1,6 @@
-"""Groups of single elements: whole tensors, filters, neurons, kernels, weights, segments, or segments tied by a key."""
+"""Groups of single elements: whole tensors, filters, neurons, kernels, weights, segments, or segments tied by
+a key.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +17,9 @@ from espalier.space.search_space import SearchSpace
 class Grouping:
     """Which group every element of a model's parameters belongs to.
 
-    ``names`` are the groups' names. ``owner`` maps a parameter's name to int64, broadcastable to its shape: the group
-    of every element, -1 for none; parameters that are not in it belong to no group. ``members`` [groups] are the
-    structures of ``space`` behind each group, where it comes from one.
+    ``names`` are the groups' names. ``owner`` maps a parameter's name to int64, broadcastable to its shape:
+    the group of every element, -1 for none; parameters that are not in it belong to no group. ``members``
+    [groups] are the structures of ``space`` behind each group, where it comes from one.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3, bias=False))
     >>> groups = layer_groups(model, ["0", "1"], level="filter")
@@ -103,8 +105,8 @@ def space_groups(space: SearchSpace, key: Callable[[str], str] | None = None) ->
 def layer_groups(model: nn.Module, layers: Sequence[str] | None = None, level: str = "filter") -> Grouping:
     """Groups within single layers, by their dotted paths (default: all convolutions and linear layers).
 
-    ``level``: "filter" (also for neurons: a row of the weight, with its bias), "input" (a column of the weight), "kernel"
-    (one of a convolution's k×k slices), "tensor" (the weight), "weight" (each element).
+    ``level``: "filter" (also for neurons: a row of the weight, with its bias), "input" (a column of the
+    weight), "kernel" (one of a convolution's k×k slices), "tensor" (the weight), "weight" (each element).
     """
     if layers is None:
         layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]

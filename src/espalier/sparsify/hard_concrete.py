@@ -1,4 +1,6 @@
-"""The hard concrete gate of L0-HC (Louizos, Welling & Kingma, 2018): differentiable, but biased for binary gates."""
+"""The hard concrete gate of L0-HC (Louizos, Welling & Kingma, 2018): differentiable, but biased for binary
+gates.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HardConcrete:
-    """``z = clip(s (ζ - γ) + γ, 0, 1)`` with ``s = σ((logit u + log α) / β)``; the gate's parameter φ is log α.
+    """``z = clip(s (ζ - γ) + γ, 0, 1)`` with ``s = σ((logit u + log α) / β)``; the gate's parameter φ is log
+    α.
 
     >>> gate = HardConcrete()
     >>> gate.expected(torch.tensor([-3.0, 0.0, 3.0])).tolist()

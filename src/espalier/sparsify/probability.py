@@ -11,7 +11,8 @@ from torch import Tensor
 class Probability(Protocol):
     """Antithetic: ``g(-φ) = 1 - g(φ)``. ``k`` is the slope's factor."""
 
-    k: float
+    @property
+    def k(self) -> float: ...
 
     def __call__(self, phi: Tensor) -> Tensor: ...
 
@@ -71,7 +72,9 @@ class HardSigmoid:
 def draw_phi(
     g: Probability, pi: Tensor, generator: torch.Generator | None = None, spread: float = 0.01
 ) -> Tensor:
-    """Initial parameters around ``g(φ) = π``, as the authors' code draws them: ``φ ~ N(g⁻¹(π), (spread / k)²)``."""
+    """Initial parameters around ``g(φ) = π``, as the authors' code draws them: ``φ ~ N(g⁻¹(π), (spread /
+    k)²)``.
+    """
     noise = torch.randn(pi.shape, generator=generator, dtype=pi.dtype)
     return g.inverse(pi) + noise * (spread / g.k)
 

@@ -1,10 +1,11 @@
 """Proximal maps: ``argmin_w  r(w) + τ/2 |w - b|²``, pure and vectorised over a flat view.
 
-With ``b = w - v/τ`` this is the subproblem (1a) of GSparsity; Eq. (1b) there is misprinted. The closed form for
-``r = Σ μ_k |w_k|`` is ``ŵ_k = max(0, 1 - μ_k / (τ |b_k|)) b_k``.
+With ``b = w - v/τ`` this is the subproblem (1a) of GSparsity; Eq. (1b) there is misprinted. The closed form
+for ``r = Σ μ_k |w_k|`` is ``ŵ_k = max(0, 1 - μ_k / (τ |b_k|)) b_k``.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,7 +44,12 @@ class Runs:
 
     def spread(self, per_group: Tensor) -> Tensor:
         """Each element's group's value [elements]."""
-        return torch.repeat_interleave(per_group[self.group], self.length, output_size=self.total)
+        return per_group.index_select(0, self.owner)
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """The group of every element, int64 [elements]."""
+        return torch.repeat_interleave(self.group, self.length, output_size=self.total)
 
 
 def l1(b: Tensor, mu: Tensor | float, tau: Tensor | float = 1.0) -> Tensor:
@@ -98,8 +104,8 @@ def combined(
     """``r = Σ μ_k |w_k|₂ + sparsity |w|₁``, within a box.
 
     The sum's map is the maps in turn: L1, the box, the groups. That holds for L1 with any box, for L1 with
-    groups, and for all three where the box is ``[0, ∞)`` or ``(-∞, 0]``, a cone; a group norm in any other box has no
-    closed form and raises ValueError. ``tau`` is one number, or one per group.
+    groups, and for all three where the box is ``[0, ∞)`` or ``(-∞, 0]``, a cone; a group norm in any other
+    box has no closed form and raises ValueError. ``tau`` is one number, or one per group.
     """
     grouped = isinstance(mu, Tensor) or mu > 0
     cone = (low, high) in ((None, None), (0.0, None), (None, 0.0))

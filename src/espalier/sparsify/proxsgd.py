@@ -31,30 +31,33 @@ class ProxSGD(FlatProximal):
     >>> len(opt.snap()) == int((model[0].weight.norm(dim=1) == 0).sum())
     True
 
-    One step, for gradient g (GSparsity, section 2, with the closed form of (1a) in place of the misprinted (1b)):
+    One step, for gradient g (GSparsity, section 2, with the closed form of (1a) in place of the misprinted
+    (1b)):
 
         v ← (1 - ρ(t)) v + ρ(t) g        b = w - v / τ
         ŵ_k = max(0, 1 - μ_k / (τ_k |b_k|)) b_k
         w ← w + ε(t) (ŵ - w)
 
-    A group whose ŵ is zero decays by 1 - ε a step and never arrives: which groups are zero is therefore read off
-    ŵ, not w, and :meth:`snap` puts them there at the end.
+    A group whose ŵ is zero decays by 1 - ε a step and never arrives: which groups are zero is therefore read
+    off ŵ, not w, and :meth:`snap` puts them there at the end.
 
     Args:
         grouping: which elements form a group; all others are trained without penalty.
         mu: weight of the penalty, before normalisation.
         lr: ε, in (0, 1]. Schedulers change it as any optimizer's ``lr``.
         rho: ρ, weight of the new gradient, in (0, 1].
-        tau: τ > 0, or "adaptive": the mean over the group of √(running mean of g²) (one per group, as the closed
-            form needs; one per tensor for what is in no group).
-        normalize: of μ per group of n elements: "none"; "div", μ / n^exponent (the paper's); "mul", μ n^exponent
-            (the usual group lasso); "init", μ |w_k(0)|.
+        tau: τ > 0, or "adaptive": the mean over the group of √(running mean of g²) (one per group, as the
+            closed form needs; one per tensor for what is in no group).
+        normalize: of μ per group of n elements: "none"; "div", μ / n^exponent (the paper's); "mul", μ
+            n^exponent (the usual group lasso); "init", μ |w_k(0)|.
         schedule: multiplies ε and ρ; ``PowerDecay`` meets Theorem 1. None: constants.
-        sparsity, low, high: an L1 penalty and a box on all trained parameters, where the sum has a closed form.
+        sparsity, low, high: an L1 penalty and a box on all trained parameters, where the sum has a closed
+            form.
         weight_decay: added to the gradient as weight_decay · w.
 
-    ``PAPER`` holds the constants of the paper's search. Warns where a group is bound to be zeroed whatever the
-    data. Raises :class:`TrainingError` for values outside these ranges and for gradients that are not finite.
+    ``PAPER`` holds the constants of the paper's search. Warns where a group is bound to be zeroed whatever
+    the data. Raises :class:`TrainingError` for values outside these ranges and for gradients that are not
+    finite.
     """
 
     def __init__(
@@ -119,7 +122,9 @@ class ProxSGD(FlatProximal):
         return (self.mu_per_group() * self.group_norms()).sum()
 
     def bound_to_vanish(self) -> list[str]:
-        """Groups with μ_k > τ |w_k(0)|: zeroed at the first step unless ρ times their gradient's norm exceeds the gap."""
+        """Groups with μ_k > τ |w_k(0)|: zeroed at the first step unless ρ times their gradient's norm exceeds
+        the gap.
+        """
         if isinstance(self.tau, str):
             return []
         chosen = (self.mu_per_group() > self.tau * self._initial).nonzero().flatten().tolist()
@@ -130,9 +135,10 @@ class ProxSGD(FlatProximal):
         if names:
             i = self.grouping.names.index(names[0])
             warnings.warn(
-                f"{len(names)} of {len(self.grouping)} groups are bound to be zeroed whatever the data, unless their gradients "
-                f"are huge: for '{names[0]}', mu = {float(self._mu_k[i]):.3g} against an initial norm of "
-                f"{float(self._initial[i]):.3g}. Lower mu, or normalise it differently (now '{self.normalize}').",
+                f"{len(names)} of {len(self.grouping)} groups are bound to be zeroed whatever the data, "
+                f"unless their gradients are huge: for '{names[0]}', mu = {float(self._mu_k[i]):.3g} against "
+                f"an initial norm of {float(self._initial[i]):.3g}. Lower mu, or normalise it differently "
+                f"(now '{self.normalize}').",
                 stacklevel=3,
             )
 

@@ -13,7 +13,8 @@ from espalier.sparsify.prox import shrink_factor
 
 
 class RMDA(FlatProximal):
-    """RMDA (Huang & Lee, "Training Structured Neural Networks Through Manifold Identification and Variance Reduction",
+    """RMDA (Huang & Lee, "Training Structured Neural Networks Through Manifold Identification and Variance
+    Reduction",
     ICLR 2022, Algorithm 1), with the group norm of GSparsity.
 
     >>> from espalier.sparsify import RMDA, layer_groups
@@ -33,9 +34,9 @@ class RMDA(FlatProximal):
         ŵ = prox of (α_t / β_t) Σ μ_k |w_k|  at  w_0 - v / β_t
         w ← w + c (ŵ - w)
 
-    where c is ``momentum``. The variance of v / α_t falls, so that from some step on ŵ has the support of the limit;
-    ProxSGD with constant steps has no such guarantee. ``restart()`` begins anew from the present weights, as the authors
-    do whenever ``lr`` changes. Arguments and errors otherwise as of :class:`ProxSGD`.
+    where c is ``momentum``. The variance of v / α_t falls, so that from some step on ŵ has the support of the
+    limit; ProxSGD with constant steps has no such guarantee. ``restart()`` begins anew from the present
+    weights, as the authors do whenever ``lr`` changes. Arguments and errors otherwise as of :class:`ProxSGD`.
     """
 
     def __init__(

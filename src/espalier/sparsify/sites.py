@@ -16,10 +16,11 @@ class Site:
     """Gates of one place.
 
     ``layer`` is the dotted path of the layer whose ``side`` ("input" or "output") is multiplied by ``count``
-    gates, and ``size`` the weights behind each (|g| in Eq. 17). ``scaled`` are the layer's own parameters that a
-    kept gate may be folded into (none: a kept gate counts as 1 after training); ``slices`` all parameters that
-    go when a gate closes. ``narrow``: a closed gate's unit need not even be computed by the layer before, so that
-    the layer's input arrives narrow in conditional computation. ``structure`` names the structure of a search space.
+    gates, and ``size`` the weights behind each (|g| in Eq. 17). ``scaled`` are the layer's own parameters
+    that a kept gate may be folded into (none: a kept gate counts as 1 after training); ``slices`` all
+    parameters that go when a gate closes. ``narrow``: a closed gate's unit need not even be computed by the
+    layer before, so that the layer's input arrives narrow in conditional computation. ``structure`` names the
+    structure of a search space.
     """
 
     name: str
@@ -40,9 +41,10 @@ def input_gates(model: nn.Module, layer: str, producer: str | None = None, name:
     >>> input_gates(model, "2", producer="0").count
     3
 
-    ``producer`` is the layer whose outputs these are, with nothing but elementwise operations (or pooling) between:
-    its rows then go with the gates. Without one, the layer alone narrows. Raises :class:`TrainingError` for a
-    layer that does not exist, has no weight, is frozen or does not fit its producer.
+    ``producer`` is the layer whose outputs these are, with nothing but elementwise operations (or pooling)
+    between: its rows then go with the gates. Without one, the layer alone narrows. Raises
+    :class:`TrainingError` for a layer that does not exist, has no weight, is frozen or does not fit its
+    producer.
     """
     target, weight = _weight(model, layer)
     count = weight.shape[1]
@@ -103,8 +105,8 @@ def structure_gates(space: SearchSpace) -> list[Site]:
             layers = [str(n.target) for n in space.graph[segment].nodes if n.op == "call_module"]
             if not layers:
                 raise TrainingError(
-                    f"structure '{structure.name}' is made of functions only, without a layer whose output a gate could "
-                    f"multiply: write it with torch.nn layers."
+                    f"structure '{structure.name}' is made of functions only, without a layer whose output a "
+                    f"gate could multiply: write it with torch.nn layers."
                 )
             if len(structure.segments) > 1:
                 raise TrainingError(

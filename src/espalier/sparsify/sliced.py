@@ -23,7 +23,8 @@ class Select(nn.Module):
 
 
 def sliced(gates: Gates) -> nn.Module:
-    """A copy of the gated network without its closed units, kept gates folded into the weights (Eqs. 13 and 14).
+    """A copy of the gated network without its closed units, kept gates folded into the weights (Eqs. 13 and
+    14).
 
     >>> from espalier.sparsify import input_gates
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -32,9 +33,11 @@ def sliced(gates: Gates) -> nn.Module:
     >>> small[0].out_features == small[2].in_features == gates.open_counts()["2"]
     True
 
-    Its output equals the gated network's in eval mode. Where features must be picked from an input that no layer
-    narrows (the network's own input, a flattened image), a ``Select`` stands before the layer. Structure
-    gates are not sliced: use ``finish`` and ``construct``. Raises :class:`TrainingError` if a layer keeps no unit.
+    Its output equals the gated network's in eval mode. Where features must be picked from an input that no
+    layer narrows (the network's own input, a flattened image), a ``Select`` stands before the layer.
+    Structure
+    gates are not sliced: use ``finish`` and ``construct``. Raises :class:`TrainingError` if a layer keeps no
+        unit.
     """
     value = gates.expected().detach()
     is_open = value > 0

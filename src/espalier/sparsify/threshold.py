@@ -10,9 +10,9 @@ def histogram_threshold(pi: Tensor) -> float:
     >>> round(histogram_threshold(torch.tensor([0.01, 0.02, 0.2, 0.9, 0.95, 0.99])), 3)
     0.55
 
-    ``pi``: float [V]. The cut is exact (over the sorted values, without bins) and lies midway between two of them.
-    The paper leaves a threshold that looks at the histogram open and takes 0.5; where all values are equal there
-    is nothing to split and 0.5 is returned.
+    ``pi``: float [V]. The cut is exact (over the sorted values, without bins) and lies midway between two of
+    them. The paper leaves a threshold that looks at the histogram open and takes 0.5; where all values are
+    equal there is nothing to split and 0.5 is returned.
     """
     values = pi.detach().double().flatten().sort().values
     if len(values) < 2 or bool(values[0] == values[-1]):
