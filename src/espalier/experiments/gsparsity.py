@@ -2,9 +2,9 @@
 
     ESPALIER_DATA=... python -m espalier.experiments.gsparsity --mu 0.05 0.1 --steps 400 --out runs/gsparsity
 
-Each μ trains a network of DARTS cells with every operation on every edge. Operations that end at zero are removed;
-the accuracy is taken before, and after with three readings of "zero". One JSON line per μ; those that are there
-are not run again.
+Each μ trains a network of DARTS cells with every operation on every edge. Operations that end at zero are
+removed; the accuracy is taken before, and after with three readings of "zero". One JSON line per μ; those
+that are there are not run again.
 """
 
 import argparse
@@ -32,7 +32,9 @@ from espalier.sparsify.rmda import RMDA
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. ``method``: "proxsgd" or "rmda". ε falls from ``lr`` to a tenth of it along a cosine, as published."""
+    """One run. ``method``: "proxsgd" or "rmda". ε falls from ``lr`` to a tenth of it along a cosine, as
+    published.
+    """
 
     mu: float = 0.05
     method: str = "proxsgd"
