@@ -24,6 +24,7 @@ from espalier.space.cost import measure
 from espalier.sparsify.gates import Gates
 from espalier.sparsify.sites import Site, input_gates, output_gates
 from espalier.sparsify.sliced import sliced
+from espalier.sparsify.threshold import histogram_threshold
 
 SEPARATE = {"mlp": (0.1, 0.3, 0.4), "lenet5": (10.0, 0.5, 0.1, 10.0)}
 INITIAL = {"mlp": (0.8, 0.5, 0.5), "lenet5": (0.5, 0.5, 0.5, 0.5)}
@@ -175,6 +176,24 @@ def run(recipe: Recipe, out: Path, save_every: int = 5) -> dict[str, Any]:
     return {**asdict(recipe), **line}
 
 
+def thresholds(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
+    """A finished run read at several thresholds τ of Eq. (14), the histogram's among them."""
+    (x, y) = load("mnist", "test").tensors()
+    x = x.flatten(1) if recipe.network == "mlp" else x
+    gates = gated(recipe, 60_000)
+    state = torch.load(out / f"{recipe.name}.pt", weights_only=True)
+    gates.model.load_state_dict(state["model"])
+    gates.load_state_dict(state["gates"])
+    lines = []
+    for tau in (0.1, 0.3, 0.5, 0.7, 0.9, "histogram"):
+        gates.threshold = tau
+        found = report(gates, x, y)
+        value = histogram_threshold(gates.probabilities()) if tau == "histogram" else tau
+        kept = {key: found[key] for key in ("open", "prune", "accuracy")}
+        lines.append({"threshold": tau, "value": round(float(value), 4), **kept})
+    return lines
+
+
 def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(
@@ -186,9 +205,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("runs/l0"))
+    parser.add_argument("--thresholds", action="store_true", help="read a finished run at several thresholds")
     args = parser.parse_args()
     recipe = Recipe(args.network, args.method, args.lam, args.seed, args.epochs)
-    print(json.dumps(run(recipe, args.out)))
+    for line in thresholds(recipe, args.out) if args.thresholds else [run(recipe, args.out)]:
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":
