@@ -1,7 +1,6 @@
 """Stochastic gates on the structures of any network: L0-HC, L0-AR, L0-ARM, and DisARM."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from espalier.space.solution import Solution
 from espalier.sparsify.conditional import Narrowing
 from espalier.sparsify.estimators import ESTIMATORS, draw, gradient
 from espalier.sparsify.hard_concrete import HardConcrete
+from espalier.sparsify.passes import frozen_statistics, same_noise
 from espalier.sparsify.penalty import expected_l0, expected_l2
 from espalier.sparsify.probability import Probability, Sigmoid, draw_phi, logit
 from espalier.sparsify.sites import Site
@@ -203,7 +203,7 @@ class Gates(nn.Module):
             with torch.no_grad():
                 z, opposite = draw(self.phi, self.g, u)
             if self.estimator != "ar":
-                with torch.no_grad(), _same_noise(self.model), _frozen_statistics(self.model):
+                with torch.no_grad(), same_noise(self.model), frozen_statistics(self.model):
                     partner = self._evaluate(loss, opposite)
             f = self._evaluate(loss, z)
         mean = f.mean()
@@ -306,7 +306,7 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def _shrink(self, pi: Tensor, scale: float) -> Tensor:
-        """The penalty's gradient: added to the weights' ``grad``, and returned for π; as autograd's, but cheaper."""
+        """The penalty's gradient, cheaper than by autograd: added to the weights', returned for π."""
         of_pi = self._buffers["_cost"].clone()  # type: ignore[union-attr]
         if not self.weight_decay:
             return of_pi
@@ -388,28 +388,3 @@ class Gates(nn.Module):
             if site.side == "input"
             else layer.register_forward_hook(after)
         )
-
-
-@contextmanager
-def _frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms keep their mode, but leave their running statistics alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    before = [m.track_running_stats for m in norms]
-    for m in norms:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m, tracked in zip(norms, before, strict=True):
-            m.track_running_stats = tracked
-
-
-@contextmanager
-def _same_noise(model: nn.Module) -> Iterator[None]:
-    """The next pass sees the same dropout as this one."""
-    if not any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
-        yield
-        return
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices):
-        yield
