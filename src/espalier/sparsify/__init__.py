@@ -1,5 +1,34 @@
 """Drive structures to zero while training."""
 
+from espalier.sparsify.bisect import bisect_mu
+from espalier.sparsify.gates import Gates
+from espalier.sparsify.grouping import Grouping, layer_groups, named_groups, space_groups
 from espalier.sparsify.halfspace import DHSPG, H2SPG
+from espalier.sparsify.probability import HardSigmoid, Sigmoid
+from espalier.sparsify.proxsgd import PAPER, ProxSGD
+from espalier.sparsify.rmda import RMDA
+from espalier.sparsify.schedule import PowerDecay
+from espalier.sparsify.sites import Site, input_gates, output_gates, structure_gates
+from espalier.sparsify.sliced import sliced
 
-__all__ = ["DHSPG", "H2SPG"]
+__all__ = [
+    "DHSPG",
+    "H2SPG",
+    "PAPER",
+    "RMDA",
+    "Gates",
+    "Grouping",
+    "HardSigmoid",
+    "PowerDecay",
+    "ProxSGD",
+    "Sigmoid",
+    "Site",
+    "bisect_mu",
+    "input_gates",
+    "layer_groups",
+    "named_groups",
+    "output_gates",
+    "sliced",
+    "space_groups",
+    "structure_gates",
+]

@@ -1,0 +1,1 @@
+"""One recipe per table or figure of each paper."""

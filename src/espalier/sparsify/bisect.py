@@ -1,0 +1,127 @@
+"""The penalty's weight μ found automatically: a target of structures, parameters or MACs."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Trial(Generic[S]):
+    """One training run: its μ, what stayed (a fraction), and its state, from which the next may start."""
+
+    mu: float
+    share: float
+    state: S = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Bisection(Generic[S]):
+    """All trials in order, and the best: nearest to the target among those within it, else nearest at all."""
+
+    trials: tuple[Trial[S], ...]
+    best: Trial[S]
+    met: bool
+
+
+def bisect_mu(
+    train: Callable[[float, S | None], tuple[float, S]],
+    target: float,
+    mu: float,
+    *,
+    tolerance: float = 0.02,
+    max_trials: int = 12,
+    factor: float = 4.0,
+    warm_start: bool = True,
+) -> Bisection[S]:
+    """Find μ so that at most ``target`` stays, and at least ``target - tolerance``.
+
+    >>> result = bisect_mu(lambda mu, state: (1 / (1 + mu), None), target=0.5, mu=0.01)
+    >>> result.met, 0.48 <= result.best.share <= 0.5
+    (True, True)
+
+    ``train(mu, state)`` trains, from ``state`` where one is given, and returns the fraction that stays (of
+    structures, parameters or MACs) and its own state. The first trials multiply or divide μ by ``factor``
+    until the target is bracketed; then the bracket is halved, in log μ. With ``warm_start`` a trial starts
+    from the state of the nearest trial with a smaller μ (a larger network: what is zero rarely revives). What
+    stays need not fall with μ: a trial that contradicts the bracket becomes its new end, a bracket that
+    closes on a jump is opened upwards, and the best trial is kept whatever happens later.
+
+    Raises ValueError for a target or tolerance outside [0, 1] and for μ <= 0.
+    """
+    if (
+        not 0.0 <= target <= 1.0
+        or not 0.0 <= tolerance <= 1.0
+        or mu <= 0.0
+        or factor <= 1.0
+        or max_trials < 1
+    ):
+        raise ValueError(
+            "target and tolerance lie in [0, 1], mu is positive, factor above 1, max_trials at least 1."
+        )
+    trials: list[Trial[S]] = []
+    low: float | None = None  # too much stays
+    high: float | None = None  # within the target
+    for _ in range(max_trials):
+        before = [t for t in trials if t.mu <= mu] if warm_start else []
+        start = max(before, key=lambda t: t.mu).state if before else None
+        share, state = train(mu, start)
+        trials.append(Trial(mu, share, state))
+        if target - tolerance <= share <= target:
+            break
+        if share > target:
+            low = mu
+            high = None if high is not None and high <= mu else high
+        else:
+            high = mu
+            low = None if low is not None and low >= mu else low
+        if low is not None and high is not None and high / low < 1.02:
+            low, high = high, None  # a jump, not a crossing: look for another beyond it
+        if low is None and high is not None:
+            mu = high / factor
+        elif high is None and low is not None:
+            mu = low * factor
+        elif low is not None and high is not None:
+            mu = math.sqrt(low * high)
+    within = [t for t in trials if t.share <= target]
+    best = min(within or trials, key=lambda t: abs(t.share - target))
+    return Bisection(tuple(trials), best, target - tolerance <= best.share <= target)
+
+
+def search(
+    objective: Callable[[float, float, float], float],
+    *,
+    trials: int = 20,
+    storage: str | None = None,
+    name: str = "proxsgd",
+    mu: tuple[float, float] = (1e-5, 1.0),
+    lr: tuple[float, float] = (1e-4, 1e-1),
+    rho: tuple[float, float] = (0.05, 1.0),
+    seed: int = 0,
+) -> Any:
+    """Minimise ``objective(mu, lr, rho)`` with optuna; a study in ``storage`` goes on where it stopped.
+
+    ``storage`` is optuna's, "sqlite:///search.db" for one. Returns the optuna study, with ``trials`` finished
+    trials in all. Raises ImportError, naming the extra to install, without optuna.
+    """
+    try:
+        import optuna  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ImportError(
+            "a search over mu, lr and rho needs optuna: pip install 'espalier[search]'"
+        ) from None
+    sampler = optuna.samplers.TPESampler(seed=seed)
+    study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True, sampler=sampler)
+
+    def one(trial: Any) -> float:
+        return objective(
+            trial.suggest_float("mu", *mu, log=True),
+            trial.suggest_float("lr", *lr, log=True),
+            trial.suggest_float("rho", *rho),
+        )
+
+    done = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
+    study.optimize(one, n_trials=max(0, trials - done))
+    return study

@@ -1,0 +1,152 @@
+"""Where gates sit: on the inputs or outputs of named layers, or on the structures of a search space."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from espalier.errors import TrainingError
+from espalier.space.search_space import SearchSpace
+from espalier.space.structure import Slices
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Gates of one place.
+
+    ``layer`` is the dotted path of the layer whose ``side`` ("input" or "output") is multiplied by ``count``
+    gates, and ``size`` the weights behind each (|g| in Eq. 17). ``scaled`` are the layer's own parameters
+    that a kept gate may be folded into (none: a kept gate counts as 1 after training); ``slices`` all
+    parameters that go when a gate closes. ``narrow``: a closed gate's unit need not even be computed by the
+    layer before, so that the layer's input arrives narrow in conditional computation. ``structure`` names the
+    structure of a search space.
+    """
+
+    name: str
+    layer: str
+    side: str
+    count: int
+    size: float
+    scaled: tuple[Slices, ...]
+    slices: tuple[Slices, ...]
+    narrow: bool = True
+    structure: str = ""
+
+
+def input_gates(model: nn.Module, layer: str, producer: str | None = None, name: str = "") -> Site:
+    """One gate per input feature of a linear layer (or input channel of a convolution).
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> input_gates(model, "2", producer="0").count
+    3
+
+    ``producer`` is the layer whose outputs these are, with nothing but elementwise operations (or pooling)
+    between: its rows then go with the gates. Without one, the layer alone narrows. Raises
+    :class:`TrainingError` for a layer that does not exist, has no weight, is frozen or does not fit its
+    producer.
+    """
+    target, weight = _weight(model, layer)
+    count = weight.shape[1]
+    if getattr(target, "groups", 1) != 1:
+        raise TrainingError(f"'{layer}' is a grouped convolution: its inputs cannot be gated one by one.")
+    owner = torch.arange(count)
+    scaled = (Slices(f"{layer}.weight", 1, owner),)
+    above = ()
+    if producer is not None:
+        above = _rows(model, producer, owner)
+    return Site(
+        name or layer,
+        layer,
+        "input",
+        count,
+        weight.numel() / count,
+        scaled,
+        scaled + above,
+        producer is not None,
+    )
+
+
+def output_gates(model: nn.Module, layer: str, consumers: Sequence[str] = (), name: str = "") -> Site:
+    """One gate per output channel (filter) of a convolution, or neuron of a linear layer.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    >>> output_gates(model, "0", consumers=["2"]).slices[-1].owner[:6].tolist()
+    [0, 0, 0, 0, 1, 1]
+
+    ``consumers`` are the layers that read them: their columns go too, a block of equal size per channel where
+    the channels are flattened. Raises :class:`TrainingError` as :func:`input_gates` does.
+    """
+    _, weight = _weight(model, layer)
+    count = weight.shape[0]
+    owner = torch.arange(count)
+    own = _rows(model, layer, owner)
+    below = []
+    for consumer in consumers:
+        _, other = _weight(model, consumer)
+        block, rest = divmod(other.shape[1], count)
+        if rest:
+            raise TrainingError(
+                f"'{consumer}' reads {other.shape[1]} features, no multiple of the {count} of '{layer}'."
+            )
+        below.append(Slices(f"{consumer}.weight", 1, owner.repeat_interleave(block)))
+    return Site(name or layer, layer, "output", count, weight.numel() / count, own, (*own, *below))
+
+
+def structure_gates(space: SearchSpace) -> list[Site]:
+    """One gate per structure of a search space, on the output of the last layer of its segment.
+
+    Raises :class:`TrainingError` where a structure's segment has no layer to attach a gate to.
+    """
+    sizes = {name: p.numel() for name, p in space.model.named_parameters()}
+    sites = []
+    for structure in space.structures:
+        for segment in structure.segments:
+            layers = [str(n.target) for n in space.graph[segment].nodes if n.op == "call_module"]
+            if not layers:
+                raise TrainingError(
+                    f"structure '{structure.name}' is made of functions only, without a layer whose output a "
+                    f"gate could multiply: write it with torch.nn layers."
+                )
+            if len(structure.segments) > 1:
+                raise TrainingError(
+                    f"structure '{structure.name}' has several segments that share parameters: no gate fits."
+                )
+            layer = space.trace.graph_module.get_submodule(layers[-1])
+            path = next(path for path, m in space.model.named_modules() if m is layer)
+            linear = isinstance(layer, nn.Linear | nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
+            own = [f"{path}.{name}" for name, _ in layer.named_parameters(recurse=False)] if linear else []
+            scaled = tuple(Slices(name) for name in own if name in structure.parameters)
+            every = tuple(Slices(name) for name in structure.parameters)
+            size = float(sum(sizes[name] for name in structure.parameters))
+            sites.append(
+                Site(structure.name, path, "output", 1, size, scaled, every, structure=structure.name)
+            )
+    return sites
+
+
+def _rows(model: nn.Module, layer: str, owner: torch.Tensor) -> tuple[Slices, ...]:
+    target, weight = _weight(model, layer)
+    if len(weight) != len(owner):
+        raise TrainingError(f"'{layer}' makes {len(weight)} features, but there are {len(owner)} gates.")
+    bias = getattr(target, "bias", None)
+    return (
+        Slices(f"{layer}.weight", 0, owner),
+        *((Slices(f"{layer}.bias", 0, owner),) if bias is not None else ()),
+    )
+
+
+def _weight(model: nn.Module, layer: str) -> tuple[nn.Module, torch.Tensor]:
+    modules = dict(model.named_modules())
+    if layer not in modules:
+        raise TrainingError(f"no layer is called '{layer}'; there are: {', '.join(n for n in modules if n)}.")
+    weight = getattr(modules[layer], "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim < 2:
+        raise TrainingError(
+            f"'{layer}' is a {type(modules[layer]).__name__}: gates sit on linear and convolutional layers."
+        )
+    if not weight.requires_grad:
+        raise TrainingError(
+            f"'{layer}' is frozen (requires_grad=False): gates on it would have nothing to train with."
+        )
+    return modules[layer], weight

@@ -1,0 +1,136 @@
+"""Proximal maps against a numerical minimiser, by perturbation, and against the loop over groups."""
+
+import doctest
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from espalier.sparsify.prox import Runs, box, combined, group_l21, l1, nonnegative, shrink_factor
+
+OWNER = torch.tensor([0, 0, 0, 1, 1, 0, 2, 2, 2, 2])
+RUNS = Runs.of(OWNER, 3)
+FILES = (
+    "prox",
+    "probability",
+    "estimators",
+    "hard_concrete",
+    "threshold",
+    "schedule",
+    "grouping",
+    "sites",
+    "gates",
+)
+MORE = ("sliced", "proxsgd", "rmda", "bisect")
+
+
+@pytest.mark.parametrize("name", FILES + MORE)
+def test_examples_of_the_docstrings(name):
+    torch.manual_seed(0)
+    assert doctest.testmod(importlib.import_module(f"espalier.sparsify.{name}")).failed == 0
+
+
+@pytest.fixture
+def b():
+    return torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2
+
+
+def objective(w, b, mu, tau, sparsity=0.0):
+    """r(w) + τ/2 |w - b|², group by group."""
+    total = sparsity * w.abs().sum()
+    for k in range(3):
+        own = k == OWNER
+        total = total + float(mu[k]) * w[own].norm() + 0.5 * float(tau[k]) * (w[own] - b[own]).square().sum()
+    return total
+
+
+MU, TAU = (
+    torch.tensor([0.7, 2.9, 1.3], dtype=torch.float64),
+    torch.tensor([0.8, 1.5, 1.0], dtype=torch.float64),
+)
+CASES = {
+    "l1": (lambda b: l1(b, 0.6, TAU[OWNER]), {"mu": 0 * MU, "sparsity": 0.6}, (None, None)),
+    "group": (lambda b: group_l21(b, RUNS, MU, TAU), {"mu": MU}, (None, None)),
+    "nonnegative": (nonnegative, {"mu": 0 * MU}, (0.0, None)),
+    "box": (lambda b: box(b, -0.5, 0.3), {"mu": 0 * MU}, (-0.5, 0.3)),
+    "group, nonnegative": (lambda b: combined(b, RUNS, MU, TAU, low=0.0), {"mu": MU}, (0.0, None)),
+    "group, nonpositive": (lambda b: combined(b, RUNS, MU, TAU, high=0.0), {"mu": MU}, (None, 0.0)),
+    "group, l1": (lambda b: combined(b, RUNS, MU, TAU, 0.4), {"mu": MU, "sparsity": 0.4}, (None, None)),
+    "all": (lambda b: combined(b, RUNS, MU, TAU, 0.4, low=0.0), {"mu": MU, "sparsity": 0.4}, (0.0, None)),
+    "l1, box": (
+        lambda b: combined(b, RUNS, 0.0, TAU, 0.4, low=-0.2, high=0.6),
+        {"mu": 0 * MU, "sparsity": 0.4},
+        (-0.2, 0.6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_perturbation_is_better(name, b):
+    map_, penalty, (low, high) = CASES[name]
+    w = map_(b)
+    assert torch.equal(w, box(w, low, high) if (low, high) != (None, None) else w)
+    best = objective(w, b, tau=TAU, **penalty)
+    draw = torch.Generator().manual_seed(0)
+    for scale in (1e-4, 1e-2, 0.1, 1.0):
+        for _ in range(60):
+            other = w + scale * torch.randn(10, dtype=torch.float64, generator=draw)
+            other = box(other, low, high) if (low, high) != (None, None) else other
+            assert objective(other, b, tau=TAU, **penalty) >= best - 1e-12
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_a_numerical_minimiser(name, b):
+    map_, penalty, (low, high) = CASES[name]
+    bounds = None if (low, high) == (None, None) else [(low, high)] * 10
+
+    def value(w):
+        return float(objective(torch.from_numpy(w), b, tau=TAU, **penalty))
+
+    start = box(b + 1e-3, low, high).numpy() if bounds else (b + 1e-3).numpy()
+    options = {"xtol": 1e-9, "ftol": 1e-14, "maxiter": 100_000}
+    found = minimize(value, start, method="Powell", bounds=bounds, options=options)
+    closed = map_(b)
+    assert value(closed.numpy()) <= found.fun + 1e-9
+    np.testing.assert_allclose(closed.numpy(), found.x, atol=2e-4)
+
+
+def test_published_closed_form_is_no_minimiser(b):
+    """Eq. (1b) as printed, with an exponent of -1 and without the bound at zero."""
+    norm = RUNS.norm(b)
+    printed = b * RUNS.spread(1.0 / (1.0 - MU / (TAU * norm)))
+    assert objective(printed, b, MU, TAU) > objective(group_l21(b, RUNS, MU, TAU), b, MU, TAU) + 1e-3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    owner=st.lists(st.integers(0, 4), min_size=1, max_size=40),
+    mu=st.floats(0, 5),
+    seed=st.integers(0, 1000),
+)
+def test_vectorised_equals_the_loop(owner, mu, seed):
+    owner = torch.tensor(owner)
+    b = torch.randn(len(owner), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    runs, expected = Runs.of(owner, 5), b.clone()
+    for k in range(5):
+        norm = b[owner == k].norm()
+        expected[owner == k] *= max(0.0, 1.0 - mu / float(norm)) if norm > 0 else 1.0
+    assert torch.allclose(group_l21(b, runs, mu), expected, atol=1e-12)
+    assert torch.allclose(runs.sum(b), torch.stack([b[owner == k].sum() for k in range(5)]), atol=1e-12)
+    assert torch.equal(runs.spread(torch.arange(5)), owner)
+
+
+def test_zero_stays_zero_and_no_penalty_changes_nothing(b):
+    assert torch.equal(group_l21(torch.zeros(10), RUNS, 1.0), torch.zeros(10))
+    assert torch.equal(group_l21(b, RUNS, 0.0), b)
+    assert shrink_factor(torch.zeros(1), 0.0).item() == 1.0
+    assert shrink_factor(torch.zeros(1), 1e-9).item() == 0.0
+
+
+def test_a_group_norm_within_a_box_is_refused(b):
+    with pytest.raises(ValueError, match="no closed form"):
+        combined(b, RUNS, 1.0, low=-1.0, high=1.0)
