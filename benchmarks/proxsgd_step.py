@@ -66,9 +66,7 @@ def main() -> None:
         for p in model.parameters():
             p.grad = torch.randn_like(p) * 1e-3
     steps = {
-        "SGD(foreach=True, momentum=0.9)": torch.optim.SGD(
-            models[0].parameters(), lr=1e-3, momentum=0.9, foreach=True
-        ),
+        "SGD(foreach=True, momentum=0.9)": torch.optim.SGD(models[0].parameters(), lr=1e-3, momentum=0.9, foreach=True),
         "ProxSGD": ProxSGD(operations(models[1]), mu=1e-3, lr=1e-3, rho=0.8),
         "loop over groups": Loop(operations(models[2]), mu=1e-3, lr=1e-3, rho=0.8),
     }

@@ -43,9 +43,7 @@ def dense_refit(problem, support):
 def dense_objective(problem, w):
     A, w_bar = problem.A.double(), problem.w_bar.double()
     b = problem.residual + A @ w_bar
-    return float(
-        0.5 * (b - A @ w.double()).square().sum() + 0.5 * problem.rho * (w.double() - w_bar).square().sum()
-    )
+    return float(0.5 * (b - A @ w.double()).square().sum() + 0.5 * problem.rho * (w.double() - w_bar).square().sum())
 
 
 def best_by_brute_force(problem, k):
@@ -67,9 +65,7 @@ def check(result, problem, b, k):
     assert result.history[-1] == pytest.approx(result.objective, rel=1e-6, abs=1e-9)
 
 
-@given(
-    n=st.integers(1, 12), p=st.integers(1, 30), seed=st.integers(0, 99), order=st.booleans(), data=st.data()
-)
+@given(n=st.integers(1, 12), p=st.integers(1, 30), seed=st.integers(0, 99), order=st.booleans(), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_every_solver_returns_a_valid_result(n, p, seed, order, data):
     k = data.draw(st.integers(1, p))
@@ -176,16 +172,12 @@ def test_line_search_equals_a_dense_scan(n, p, seed, cells, data):
 
     def value(tau):
         moved = start - tau * g
-        return dense_objective(
-            problem, torch.where(quota.project(moved.abs()), moved, torch.zeros(()).double())
-        )
+        return dense_objective(problem, torch.where(quota.project(moved.abs()), moved, torch.zeros(()).double()))
 
     assert step.exact
     assert step.objective == pytest.approx(value(step.tau), rel=1e-6)
     far = 4 * max(step.tau, 1e-3)
-    scan = min(
-        value(tau) for tau in [0.0, *torch.linspace(0, far, 400).tolist(), *np.geomspace(1e-6, 1e3, 200)]
-    )
+    scan = min(value(tau) for tau in [0.0, *torch.linspace(0, far, 400).tolist(), *np.geomspace(1e-6, 1e3, 200)])
     assert step.objective <= scan * (1 + 1e-6)
 
 
@@ -214,13 +206,8 @@ def test_patterns_hold(solver):
     ):
         result = chita(problem.A, b, problem.w_bar, quota, problem.ridge, solver=solver)
         check(result, problem, b, quota.kept)
-        assert (
-            torch.bincount(quota.cell[result.support], minlength=len(quota.quota)).tolist()
-            == quota.quota.tolist()
-        )
-    masks = chita(problem.A, b, problem.w_bar, n_of_m(layout, 2, 4), problem.ridge, solver=solver).masks(
-        layout
-    )
+        assert torch.bincount(quota.cell[result.support], minlength=len(quota.quota)).tolist() == quota.quota.tolist()
+    masks = chita(problem.A, b, problem.w_bar, n_of_m(layout, 2, 4), problem.ridge, solver=solver).masks(layout)
     assert masks["a"].reshape(4, 2, 4).sum(-1).eq(2).all()
     assert masks["b"].sum(1).eq(2).all()
 

@@ -216,9 +216,7 @@ def test_inverses_equal_dense(A, damping, kind):
         torch.testing.assert_close(inverse @ x, torch.linalg.solve(F, x), rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(inverse.solve(x), F @ x)
         torch.testing.assert_close(Fisher(A, damping) @ x, F @ x)
-        torch.testing.assert_close(
-            Fisher(A, damping).solve(x), torch.linalg.solve(F, x), rtol=1e-8, atol=1e-8
-        )
+        torch.testing.assert_close(Fisher(A, damping).solve(x), torch.linalg.solve(F, x), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(inverse.diag(), torch.linalg.inv(F).diagonal(), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(Fisher(A, damping).diag(), F.diagonal())
     torch.testing.assert_close(Fisher(A, damping).dense(), F)
@@ -259,8 +257,6 @@ def test_products_whatever_the_storage(layout):
         warnings.simplefilter("error")
         torch.testing.assert_close(columns(stored, index).double(), plain[:, index])
         torch.testing.assert_close(gram(stored), plain @ plain.t(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            gram(stored, index), plain[:, index] @ plain[:, index].t(), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(gram(stored, index), plain[:, index] @ plain[:, index].t(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(matvec(stored, x).double(), plain @ x.double(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(rmatvec(stored, y).double(), plain.t() @ y.double(), rtol=1e-4, atol=1e-4)

@@ -102,9 +102,7 @@ def test_hard_concrete_is_biased():
     u = torch.rand((50_000, V), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     f = loss(gate.sample(log_alpha, u))
     (mean,) = torch.autograd.grad(f.mean(), log_alpha)
-    blocks = [
-        torch.autograd.grad(loss(gate.sample(log_alpha, p)).mean(), log_alpha)[0] for p in u.split(1000)
-    ]
+    blocks = [torch.autograd.grad(loss(gate.sample(log_alpha, p)).mean(), log_alpha)[0] for p in u.split(1000)]
     error = torch.stack(blocks).std(0) / len(blocks) ** 0.5
     true = exact(Sigmoid(1.0), torch.logit(pi))
     assert ((mean - true) / error).abs().max() > 20

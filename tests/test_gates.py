@@ -107,9 +107,7 @@ def test_gradient_of_a_network_is_unbiased(estimator, per_sample, g):
         z = torch.tensor(z, dtype=torch.float64)
         weight = torch.where(z > 0, pi, 1 - pi).prod()
         exact = exact + weight * cross_entropy(bare.b(torch.tanh(bare.a(x)) * z), y)
-    true = torch.autograd.grad(
-        exact, [gates.phi, *model.parameters(), *bare.parameters()], materialize_grads=True
-    )
+    true = torch.autograd.grad(exact, [gates.phi, *model.parameters(), *bare.parameters()], materialize_grads=True)
     true = [true[0], *(a + b for a, b in zip(true[1:5], true[5:], strict=True))]
     draws = []
     for _ in range(500):

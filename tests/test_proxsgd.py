@@ -138,9 +138,7 @@ def perceptron():
     return nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 1)).double()
 
 
-@pytest.mark.parametrize(
-    "make", [lambda g: ProxSGD(g, mu=0.05, lr=0.05, rho=0.5), lambda g: RMDA(g, mu=0.02, lr=0.2)]
-)
+@pytest.mark.parametrize("make", [lambda g: ProxSGD(g, mu=0.05, lr=0.05, rho=0.5), lambda g: RMDA(g, mu=0.02, lr=0.2)])
 def test_support_is_exact_and_snapping_changes_nothing_that_matters(make):
     model = perceptron()
     opt = make(layer_groups(model, ["0"]))

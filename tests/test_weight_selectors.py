@@ -167,9 +167,7 @@ def test_stages_with_patterns_loaders_and_paths(task):
     model, (x, y) = task
     loader = [(a, b) for a, b in zip(x.split(100), y.split(100), strict=True)]
     options = StageOptions(n=30, batch=4)
-    result = chita_plus_plus(
-        model, CE, loader, lambda layout, keep: n_of_m(layout, 2, 4), options, path=(0.5, 0.5)
-    )
+    result = chita_plus_plus(model, CE, loader, lambda layout, keep: n_of_m(layout, 2, 4), options, path=(0.5, 0.5))
     mask = result.masks(WeightLayout.of(model))["0.weight"]
     assert mask.view(12, 2, 4).sum(-1).eq(2).all()
     with pytest.raises(ValueError, match="as `path`"):
@@ -195,9 +193,7 @@ def test_dead_weights_go_first():
     A[:, 3] = 0
     options = StageOptions(ridge=1.0, first_order=False)
     assert not prune_once(A, w, cardinality(3, 6), options).support[3]
-    assert prune_once(
-        A, w, cardinality(3, 6), StageOptions(ridge=1.0, first_order=False, drop_dead=False)
-    ).support[3]
+    assert prune_once(A, w, cardinality(3, 6), StageOptions(ridge=1.0, first_order=False, drop_dead=False)).support[3]
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (3, 40)], ids=["small groups", "groups larger than n"])

@@ -185,9 +185,7 @@ def _with_progress(
     from rich.progress import Progress
 
     with Progress(transient=True) as bar:
-        bar.console.print(
-            f"gradients: {rows} rows × {p:,} weights, {rows * batch:,} samples forward and backward"
-        )
+        bar.console.print(f"gradients: {rows} rows × {p:,} weights, {rows * batch:,} samples forward and backward")
         task = bar.add_task("gradients", total=rows * batch)
         for inputs, targets in chunks:
             yield inputs, targets
@@ -208,9 +206,7 @@ def _rows_by_vmap(
     try:
         grads, values = torch.func.vmap(torch.func.grad_and_value(value), in_dims=(None, 0, 0))(wanted, x, y)
     except RuntimeError as error:
-        warnings.warn(
-            f"vmap cannot take this model, one backward pass per row instead: {error}", stacklevel=3
-        )
+        warnings.warn(f"vmap cannot take this model, one backward pass per row instead: {error}", stacklevel=3)
         return _rows_by_loop(model, loss, layout, inputs, targets, rows)
     return torch.cat([grads[name].reshape(rows, -1) for name in layout.names], dim=1), values.mean()
 

@@ -84,9 +84,7 @@ class WeightLayout:
         if vector.numel() != self.numel:
             raise ValueError(f"expected {self.numel} values, got {vector.numel()}")
         parts = vector.split(self.sizes)
-        return {
-            name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
-        }
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def tensor_index(self) -> Tensor:
         """For each of the p weights, the index of its tensor (int64): the cells of a per-layer budget."""

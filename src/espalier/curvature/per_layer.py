@@ -70,9 +70,7 @@ def rows_by_layer(
             handle.remove()
     missing = [name for name in layout.names if name not in pieces]
     if missing:
-        raise ValueError(
-            f"no gradient reaches {', '.join(missing)}: the layer is not used in the forward pass"
-        )
+        raise ValueError(f"no gradient reaches {', '.join(missing)}: the layer is not used in the forward pass")
     return torch.cat([pieces[name].reshape(rows, -1) for name in layout.names], dim=1), value.detach()
 
 

@@ -158,8 +158,7 @@ def _read(folder: Path, part: str) -> Pair:
 def accuracy(model: nn.Module, data: Pair) -> float:
     """Top-1 accuracy in per cent."""
     right = sum(
-        int((model(x).argmax(1) == y).sum())
-        for x, y in zip(data[0].split(250), data[1].split(250), strict=True)
+        int((model(x).argmax(1) == y).sum()) for x, y in zip(data[0].split(250), data[1].split(250), strict=True)
     )
     return 100 * right / len(data[0])
 
@@ -240,9 +239,7 @@ def run(
                 objective = result.objective
                 if method == "magnitude":
                     assert found is not None
-                    objective = Problem.of(found.A, None, w_bar, settings.damping["chita"]).objective(
-                        result.weights
-                    )
+                    objective = Problem.of(found.A, None, w_bar, settings.damping["chita"]).objective(result.weights)
                 layout.write(dense, result.weights)
                 score = accuracy(dense, task.judge)
                 layout.write(dense, w_bar)
@@ -270,9 +267,7 @@ def _sample(task: Task, settings: Settings, seed: int) -> Gradients:
 
 def _staged(task: Task, options: StageOptions, sparsity: float, seed: int) -> Result:
     options = replace(options, seed=seed)
-    return chita_plus_plus(
-        task.model, nn.functional.cross_entropy, task.train, 1 - sparsity, options, task.prunable
-    )
+    return chita_plus_plus(task.model, nn.functional.cross_entropy, task.train, 1 - sparsity, options, task.prunable)
 
 
 def _along_path(
@@ -306,26 +301,19 @@ def table(results: Path = Path("runs/chita-mlpnet.jsonl")) -> str:
     rows = ["| method | " + " | ".join(map(str, sparsities)) + " |", "|-|" + "-|" * len(sparsities)]
     for method in dict.fromkeys(r["method"] for r in lines):
         cells = [
-            _cell([r["accuracy"] for r in lines if (r["method"], r["sparsity"]) == (method, s)])
-            for s in sparsities
+            _cell([r["accuracy"] for r in lines if (r["method"], r["sparsity"]) == (method, s)]) for s in sparsities
         ]
         rows.append(f"| {method} | " + " | ".join(cells) + " |")
         if method in PAPER[network]:
             known = dict(zip(SPARSITIES[network], PAPER[network][method], strict=True))
-            rows.append(
-                f"| *paper: {method}* | " + " | ".join(f"*{known.get(s, '')}*" for s in sparsities) + " |"
-            )
+            rows.append(f"| *paper: {method}* | " + " | ".join(f"*{known.get(s, '')}*" for s in sparsities) + " |")
     for method in dict.fromkeys(r["method"] for r in lines):
         cells = [
-            _cell([r["objective"] for r in lines if (r["method"], r["sparsity"]) == (method, s)], 3)
-            for s in sparsities
+            _cell([r["objective"] for r in lines if (r["method"], r["sparsity"]) == (method, s)], 3) for s in sparsities
         ]
         rows.append(f"| Q, {method} | " + " | ".join(cells) + " |")
     for method in dict.fromkeys(r["method"] for r in lines):
-        times = [
-            [r["cpu_seconds"] for r in lines if (r["method"], r["sparsity"]) == (method, s)]
-            for s in sparsities
-        ]
+        times = [[r["cpu_seconds"] for r in lines if (r["method"], r["sparsity"]) == (method, s)] for s in sparsities]
         rows.append(f"| CPU-s, {method} | " + " | ".join(f"{mean(t):.2f}" if t else "" for t in times) + " |")
     return "\n".join(rows)
 

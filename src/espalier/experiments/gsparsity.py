@@ -155,9 +155,7 @@ def main() -> None:
     parser.add_argument("--method", choices=("proxsgd", "rmda"), default="proxsgd")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument(
-        "--images", type=int, default=5000, help="how many training images are held out to test on"
-    )
+    parser.add_argument("--images", type=int, default=5000, help="how many training images are held out to test on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/gsparsity"))
     args = parser.parse_args()

@@ -187,7 +187,9 @@ def selections(
     }
 
 
-def resnet(out: Path, *, seeds: Sequence[int] = (0,), images: int = 1000, fractions: Sequence[float] = FRACTIONS) -> None:
+def resnet(
+    out: Path, *, seeds: Sequence[int] = (0,), images: int = 1000, fractions: Sequence[float] = FRACTIONS
+) -> None:
     """Test accuracy of every method and budget, as pruned and after recalibrating batch norms."""
     results = Results(out)
     model, pairs = load_dense(), inner_pairs()

@@ -105,9 +105,7 @@ def train_epoch(
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of right predictions, in per cent."""
     model.eval()
-    right = sum(
-        int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True)
-    )
+    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
     return 100.0 * right / len(y)
 
 
@@ -196,9 +194,7 @@ def thresholds(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=("mlp", "lenet5"), default="mlp")
     parser.add_argument("--method", choices=("hc", "ar", "arm", "disarm"), default="arm")
     parser.add_argument("--lam", choices=("one", "separate"), default="one")

@@ -28,9 +28,7 @@ class LeNet5(nn.Module):
         self.fc1 = nn.Linear(800, 500)
         self.fc2 = nn.Linear(500, num_classes)
         for layer in (self.conv1, self.conv2, self.fc1, self.fc2):
-            nn.init.kaiming_normal_(
-                layer.weight, mode="fan_out" if isinstance(layer, nn.Conv2d) else "fan_in"
-            )
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out" if isinstance(layer, nn.Conv2d) else "fan_in")
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 

@@ -30,9 +30,7 @@ class CBSOptions:
     seed: int = 0
 
 
-def cbs(
-    A: Tensor | np.ndarray, w_bar: Tensor, k: int, damping: float, options: CBSOptions | None = None
-) -> Result:
+def cbs(A: Tensor | np.ndarray, w_bar: Tensor, k: int, damping: float, options: CBSOptions | None = None) -> Result:
     """CBS-S chooses the removed set R by ½ w_Rᵀ F w_R, swapping pairs; CBS-U updates the rest jointly.
 
     >>> cbs(torch.tensor([[1.0, 1.0, 3.0]]), torch.tensor([1.0, -1.0, 1.0]), 1, damping=0.1).support
@@ -75,8 +73,7 @@ def _cost(problem: Problem, support: Tensor) -> float:
     """n · ½ w_Rᵀ F w_R."""
     gone = _removed(problem, support)
     return float(
-        0.5 * matvec(problem.A, gone).double().square().sum()
-        + 0.5 * problem.rho * gone.double().square().sum()
+        0.5 * matvec(problem.A, gone).double().square().sum() + 0.5 * problem.rho * gone.double().square().sum()
     )
 
 

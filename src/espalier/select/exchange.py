@@ -121,9 +121,7 @@ def _swap(state: DualState, z: Tensor, candidates: Tensor, quota: Quota) -> tupl
     return candidates[changed & entered], candidates[changed & ~entered]
 
 
-def _greedy(
-    H: np.ndarray, u: np.ndarray, inside: np.ndarray, cell: np.ndarray | None
-) -> tuple[int, int] | None:
+def _greedy(H: np.ndarray, u: np.ndarray, inside: np.ndarray, cell: np.ndarray | None) -> tuple[int, int] | None:
     """The best addition and then the best removal after it, if they pay: cheap, and nearly always enough."""
     h = H.diagonal()
     gains = np.where(inside, -np.inf, u * u / (1 + h))

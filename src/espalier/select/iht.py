@@ -72,9 +72,7 @@ def iht(problem: Problem, quota: Quota, options: IHTOptions | None = None) -> Re
         if small and round_:
             break
     # an index that the update brought to exactly zero may stay: fill the quota
-    support = quota.project(
-        torch.where(best != 0, 1 + best.abs() / best.abs().max(), problem.w_bar.abs() * 0)
-    )
+    support = quota.project(torch.where(best != 0, 1 + best.abs() / best.abs().max(), problem.w_bar.abs() * 0))
     return finish(problem, best, support, history, steps=steps, exact_steps=proven)
 
 
@@ -113,9 +111,7 @@ def _on_active_set(
     proven = 0
     for _ in range(options.steps):
         g = problem.rho * (x - w_bar) - (rows_t @ misfit.to(rows_t.dtype)).double()
-        step = exact_line_search(
-            rows, misfit.numpy(), x.numpy(), g.numpy(), w_bar.numpy(), problem.rho, quota, rest
-        )
+        step = exact_line_search(rows, misfit.numpy(), x.numpy(), g.numpy(), w_bar.numpy(), problem.rho, quota, rest)
         proven += step.exact
         if step.tau == 0.0:
             break

@@ -46,7 +46,5 @@ def erdos_renyi_kernel(layout: WeightLayout, keep: float) -> Quota:
         if not over:
             break
         full |= over
-    quota = [
-        size if i in full else max(1, round(scale * raw[i] * size)) for i, size in enumerate(layout.sizes)
-    ]
+    quota = [size if i in full else max(1, round(scale * raw[i] * size)) for i, size in enumerate(layout.sizes)]
     return Quota(layout.tensor_index(), torch.tensor(quota))

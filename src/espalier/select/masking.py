@@ -28,9 +28,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
 
 
-def hold_masks(
-    model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> RemovableHandle:
+def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> RemovableHandle:
     """Apply the masks now and after every step of the optimizer, until the handle is removed.
 
     Momentum and other per-weight state of what is masked is cleared now, so that a weight that returns in a

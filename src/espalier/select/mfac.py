@@ -13,9 +13,7 @@ from espalier.select.problem import Problem
 from espalier.select.result import Result
 
 
-def mfac(
-    A: Tensor | np.ndarray, w_bar: Tensor, k: int | Quota, damping: float, recursion: bool = False
-) -> Result:
+def mfac(A: Tensor | np.ndarray, w_bar: Tensor, k: int | Quota, damping: float, recursion: bool = False) -> Result:
     """Prune by wⱼ²/(2[F⁻¹]ⱼⱼ) with the full empirical Fisher, and update the rest.
 
     >>> import torch

@@ -44,18 +44,12 @@ class Problem:
             )
         for name, value in (("w_bar", w_bar), ("b", b)):
             if value is not None and not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"{name} holds NaN or infinity at index {int((~torch.isfinite(value)).nonzero()[0])}"
-                )
+                raise ValueError(f"{name} holds NaN or infinity at index {int((~torch.isfinite(value)).nonzero()[0])}")
         # a sum is NaN or infinite as soon as one entry is, and takes one pass without a mask in memory
-        if not bool(
-            torch.isfinite(A.sum(dtype=torch.float64 if A.dtype == torch.float64 else torch.float32))
-        ):
+        if not bool(torch.isfinite(A.sum(dtype=torch.float64 if A.dtype == torch.float64 else torch.float32))):
             rows = [i for i in range(n) if not bool(torch.isfinite(A[i]).all())]
             if rows:
-                raise ValueError(
-                    f"A holds NaN or infinity in row {rows[0]}: drop that mini-batch, or find its cause"
-                )
+                raise ValueError(f"A holds NaN or infinity in row {rows[0]}: drop that mini-batch, or find its cause")
         residual = torch.zeros(n, dtype=torch.float64)
         if b is not None:
             residual = b.double() - matvec64(A, w_bar)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from espalier.curvature.layout import WeightLayout
+
+if TYPE_CHECKING:
+    from espalier.select.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Result:
         return layout.unflatten(self.weights)
 
 
-def finish(problem, weights: Tensor, support: Tensor, history: list[float], **info: float) -> Result:
+def finish(problem: Problem, weights: Tensor, support: Tensor, history: list[float], **info: float) -> Result:
     """Zero what is off the support exactly and recompute the objective in float64."""
     weights = torch.where(support, weights, torch.zeros((), dtype=weights.dtype))
     return Result(weights, support, problem.objective(weights), tuple(history), info)

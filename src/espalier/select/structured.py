@@ -67,9 +67,7 @@ def structured_chita(
     if costs.shape != (count,) or not bool((costs > 0).all()):
         raise ValueError(f"costs must hold {count} positive numbers, one per group")
     if budget < float(costs.min()):
-        raise ValueError(
-            f"budget = {budget}: not even the cheapest group fits; it needs {float(costs.min()):g}"
-        )
+        raise ValueError(f"budget = {budget}: not even the cheapest group fits; it needs {float(costs.min()):g}")
     members = _members(group, count)
     state = DualState.of(problem, torch.ones(problem.p, dtype=torch.bool))
     state.solve()
@@ -108,9 +106,7 @@ def _members(group: Tensor, count: int) -> Tensor:
     """Indices of each group's weights, [groups, largest size], padded with −1."""
     sizes = torch.bincount(group[group >= 0], minlength=count)
     if bool((sizes == 0).any()):
-        raise ValueError(
-            f"group {int((sizes == 0).nonzero()[0])} has no weights: number the groups without gaps"
-        )
+        raise ValueError(f"group {int((sizes == 0).nonzero()[0])} has no weights: number the groups without gaps")
     order = group.argsort(stable=True)[int((group < 0).sum()) :]
     place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[group[order]]
     out = torch.full((count, int(sizes.max())), -1)

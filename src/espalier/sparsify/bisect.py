@@ -51,16 +51,8 @@ def bisect_mu(
 
     Raises ValueError for a target or tolerance outside [0, 1] and for μ <= 0.
     """
-    if (
-        not 0.0 <= target <= 1.0
-        or not 0.0 <= tolerance <= 1.0
-        or mu <= 0.0
-        or factor <= 1.0
-        or max_trials < 1
-    ):
-        raise ValueError(
-            "target and tolerance lie in [0, 1], mu is positive, factor above 1, max_trials at least 1."
-        )
+    if not 0.0 <= target <= 1.0 or not 0.0 <= tolerance <= 1.0 or mu <= 0.0 or factor <= 1.0 or max_trials < 1:
+        raise ValueError("target and tolerance lie in [0, 1], mu is positive, factor above 1, max_trials at least 1.")
     trials: list[Trial[S]] = []
     low: float | None = None  # too much stays
     high: float | None = None  # within the target
@@ -109,9 +101,7 @@ def search(
     try:
         import optuna  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ImportError(
-            "a search over mu, lr and rho needs optuna: pip install 'espalier[search]'"
-        ) from None
+        raise ImportError("a search over mu, lr and rho needs optuna: pip install 'espalier[search]'") from None
     sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True, sampler=sampler)
 

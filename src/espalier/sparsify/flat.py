@@ -31,9 +31,7 @@ class FlatProximal(Optimizer):
         self.grouping = grouping
         self._names = {id(p): name for name, p in grouping.model.named_parameters()}
         self._ready = False
-        given = (
-            [p for p in grouping.model.parameters() if p.requires_grad] if params is None else list(params)
-        )
+        given = [p for p in grouping.model.parameters() if p.requires_grad] if params is None else list(params)
         super().__init__(given, defaults)  # pyright: ignore[reportArgumentType]
         self._ready = True
         self.steps_done = 0
@@ -73,11 +71,7 @@ class FlatProximal(Optimizer):
         missing = [i for i, p in enumerate(self._tensors) if p.grad is None]
         if missing:
             _zero([self._g_views[i] for i in missing])
-        at = (
-            [i for i, p in enumerate(self._tensors) if p.grad is not None]
-            if missing
-            else range(len(self._tensors))
-        )
+        at = [i for i, p in enumerate(self._tensors) if p.grad is not None] if missing else range(len(self._tensors))
         _copy([self._g_views[i] for i in at], [self._tensors[i].grad for i in at])
         self._check_finite(g)
         decay = self.per_element("weight_decay")
@@ -116,11 +110,7 @@ class FlatProximal(Optimizer):
         waited = finite if g.device.type == "cpu" else before
         if waited is None or bool(waited):
             return
-        bad = [
-            self._names[id(p)]
-            for p in self._tensors
-            if p.grad is not None and not bool(p.grad.isfinite().all())
-        ]
+        bad = [self._names[id(p)] for p in self._tensors if p.grad is not None and not bool(p.grad.isfinite().all())]
         if bad or g.device.type != "cpu":
             raise TrainingError(
                 f"the gradient of '{bad[0] if bad else '(of the step before)'}' is NaN or infinite at step "
@@ -200,9 +190,7 @@ class FlatProximal(Optimizer):
         own = dict(self.grouping.model.named_parameters())
         masks = {n: ~gone[o.cpu()].expand(own[n].shape) for n, o in self.grouping.owner.items()}
         plain = space.solution((), provenance)
-        return Solution(
-            (), plain.fingerprint, {n: m for n, m in masks.items() if not bool(m.all())}, provenance
-        )
+        return Solution((), plain.fingerprint, {n: m for n, m in masks.items() if not bool(m.all())}, provenance)
 
     # Saving.
 
@@ -217,9 +205,7 @@ class FlatProximal(Optimizer):
             "dormant": self.dormant.clone(),
             "buffers": {name: t.clone() for name, t in self._buffers().items()},
             "params": [[self._names[id(p)] for p in group["params"]] for group in self.param_groups],
-            "param_groups": [
-                {k: v for k, v in group.items() if k != "params"} for group in self.param_groups
-            ],
+            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
             "names": list(self.grouping.names),
         }
 

@@ -108,9 +108,7 @@ class Gates(nn.Module):
             phi = draw_phi(self.g, pi, self._generator)
         lam_of = self._spread(lam, "lam")
         if bool((lam_of < 0).any()) or examples < 1:
-            raise TrainingError(
-                "lam is at least 0, and examples, the number of training examples, at least 1."
-            )
+            raise TrainingError("lam is at least 0, and examples, the number of training examples, at least 1.")
         size = torch.cat([torch.full((s.count,), float(s.size)) for s in self.sites])
         self.phi = nn.Parameter(phi.to(device))
         self.register_buffer("_cost", (lam_of * size / examples).to(device), persistent=False)
@@ -157,9 +155,7 @@ class Gates(nn.Module):
             if any(len(k) == 0 for k in self._kept.values()):
                 self._kept = None  # a layer without any unit: multiply instead
                 return self.model(*args, **kwargs)
-            return functional_call(
-                self.model, self.narrowing.parameters(self.model, self._kept), args, kwargs
-            )
+            return functional_call(self.model, self.narrowing.parameters(self.model, self._kept), args, kwargs)
         finally:
             self._kept = None
 
@@ -208,14 +204,10 @@ class Gates(nn.Module):
             f = self._evaluate(loss, z)
         mean = f.mean()
         if mean.device.type == "cpu" and not bool(torch.isfinite(mean.detach())):
-            raise TrainingError(
-                f"the loss is {float(mean.detach())}: lower the learning rate or clip the gradients."
-            )
+            raise TrainingError(f"the loss is {float(mean.detach())}: lower the learning rate or clip the gradients.")
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         pi = self.probabilities()
-        torch.autograd.backward(
-            [mean, pi], [torch.full_like(mean, scale), scale * self._shrink(pi.detach(), scale)]
-        )
+        torch.autograd.backward([mean, pi], [torch.full_like(mean, scale), scale * self._shrink(pi.detach(), scale)])
         if self.estimator != "hc":
             with torch.no_grad():
                 estimate = gradient(self.estimator, f.detach(), partner, u, self.phi, self.g, self.reference)
@@ -383,8 +375,4 @@ class Gates(nn.Module):
             z = value(output)
             return output if z is None else output * z
 
-        return (
-            layer.register_forward_pre_hook(before)
-            if site.side == "input"
-            else layer.register_forward_hook(after)
-        )
+        return layer.register_forward_pre_hook(before) if site.side == "input" else layer.register_forward_hook(after)

@@ -39,9 +39,7 @@ class Grouping:
         own = dict(self.model.named_parameters())
         for name, owner in self.owner.items():
             if name not in own:
-                raise SpaceError(
-                    f"'{name}' is no parameter of the model (a shared one has its first name only)."
-                )
+                raise SpaceError(f"'{name}' is no parameter of the model (a shared one has its first name only).")
             if bool((owner >= len(self.names)).any()):
                 raise SpaceError(f"'{name}': a group's number lies in 0 … {len(self.names) - 1}, or is -1.")
             torch.broadcast_shapes(owner.shape, own[name].shape)
@@ -60,9 +58,7 @@ class Grouping:
         for name, owner in self.owner.items():
             each = own[name].numel() / max(owner.numel(), 1)
             flat = owner.flatten().cpu()
-            total.index_add_(
-                0, torch.where(flat < 0, len(self.names), flat), torch.full(flat.shape, each).double()
-            )
+            total.index_add_(0, torch.where(flat < 0, len(self.names), flat), torch.full(flat.shape, each).double())
         return total[:-1]
 
 
@@ -95,9 +91,7 @@ def space_groups(space: SearchSpace, key: Callable[[str], str] | None = None) ->
     tied: dict[str, list[str]] = {}
     for structure in space.structures:
         tied.setdefault(key(structure.name) if key else structure.name, []).append(structure.name)
-    by_name = {
-        name: [p for member in members for p in space[member].parameters] for name, members in tied.items()
-    }
+    by_name = {name: [p for member in members for p in space[member].parameters] for name, members in tied.items()}
     plain = named_groups(space.model, by_name)
     return Grouping(space.model, plain.names, plain.owner, space, tuple(tuple(m) for m in tied.values()))
 

@@ -69,9 +69,7 @@ class HardSigmoid:
         return torch.where(inside, (self.k / 7.0) / variance, 0.0)
 
 
-def draw_phi(
-    g: Probability, pi: Tensor, generator: torch.Generator | None = None, spread: float = 0.01
-) -> Tensor:
+def draw_phi(g: Probability, pi: Tensor, generator: torch.Generator | None = None, spread: float = 0.01) -> Tensor:
     """Initial parameters around ``g(φ) = π``, as the authors' code draws them: ``φ ~ N(g⁻¹(π), (spread /
     k)²)``.
     """

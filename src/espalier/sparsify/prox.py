@@ -60,9 +60,7 @@ def l1(b: Tensor, mu: Tensor | float, tau: Tensor | float = 1.0) -> Tensor:
     """
     bound = mu / tau
     return (
-        b - torch.maximum(torch.minimum(b, bound), -bound)
-        if isinstance(bound, Tensor)
-        else b - b.clamp(-bound, bound)
+        b - torch.maximum(torch.minimum(b, bound), -bound) if isinstance(bound, Tensor) else b - b.clamp(-bound, bound)
     )
 
 
@@ -110,9 +108,7 @@ def combined(
     grouped = isinstance(mu, Tensor) or mu > 0
     cone = (low, high) in ((None, None), (0.0, None), (None, 0.0))
     if grouped and not cone:
-        raise ValueError(
-            "a group norm within a box has no closed form: bound one side at 0, or use L1 instead."
-        )
+        raise ValueError("a group norm within a box has no closed form: bound one side at 0, or use L1 instead.")
     if sparsity:
         b = l1(b, sparsity, runs.spread(tau) if isinstance(tau, Tensor) and tau.ndim else tau)
     if low is not None or high is not None:

@@ -22,8 +22,7 @@ class PowerDecay:
     def __post_init__(self) -> None:
         if not 0.5 < self.momentum < self.step <= 1.0 or self.offset <= 0.0:
             raise ValueError(
-                f"step={self.step}, momentum={self.momentum}: Theorem 1 of ProxSGD needs "
-                f"1/2 < momentum < step <= 1."
+                f"step={self.step}, momentum={self.momentum}: Theorem 1 of ProxSGD needs 1/2 < momentum < step <= 1."
             )
 
     def factors(self, t: int) -> tuple[float, float]:

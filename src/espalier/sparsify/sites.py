@@ -119,9 +119,7 @@ def structure_gates(space: SearchSpace) -> list[Site]:
             scaled = tuple(Slices(name) for name in own if name in structure.parameters)
             every = tuple(Slices(name) for name in structure.parameters)
             size = float(sum(sizes[name] for name in structure.parameters))
-            sites.append(
-                Site(structure.name, path, "output", 1, size, scaled, every, structure=structure.name)
-            )
+            sites.append(Site(structure.name, path, "output", 1, size, scaled, every, structure=structure.name))
     return sites
 
 
@@ -146,7 +144,5 @@ def _weight(model: nn.Module, layer: str) -> tuple[nn.Module, torch.Tensor]:
             f"'{layer}' is a {type(modules[layer]).__name__}: gates sit on linear and convolutional layers."
         )
     if not weight.requires_grad:
-        raise TrainingError(
-            f"'{layer}' is frozen (requires_grad=False): gates on it would have nothing to train with."
-        )
+        raise TrainingError(f"'{layer}' is frozen (requires_grad=False): gates on it would have nothing to train with.")
     return modules[layer], weight

@@ -44,9 +44,7 @@ def sliced(gates: Gates) -> nn.Module:
     kept = gates.narrowing.kept(is_open)
     empty = [name for (name, _), index in kept.items() if len(index) == 0]
     if empty:
-        raise TrainingError(
-            f"'{empty[0]}' keeps no unit at all: the network's output no longer depends on its input."
-        )
+        raise TrainingError(f"'{empty[0]}' keeps no unit at all: the network's output no longer depends on its input.")
     small = _without_hooks(gates)
     scale = {name: torch.ones_like(p) for name, p in small.named_parameters()}
     for site, gate in zip(gates.sites, gates.by_site(value).values(), strict=True):
