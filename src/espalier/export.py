@@ -1,9 +1,11 @@
 """Sub-networks on disk: safetensors with the architecture in the header, and ONNX. Nothing is ever unpickled."""
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,8 @@ def export_onnx(
     module.eval()
     try:
         exported = torch.export.export(module, args, dict(kwargs or {}), dynamic_shapes=shapes, strict=False)
-        program = torch.onnx.export(exported, dynamo=True, verbose=False)
+        with _silent("torch.onnx"):  # which of its optional packages are missing is nobody's concern here
+            program = torch.onnx.export(exported, dynamo=True, verbose=False)
         assert program is not None
         program.save(str(path))
     except ImportError as error:
@@ -108,3 +111,16 @@ def export_onnx(
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    loggers = [log for key, log in logging.root.manager.loggerDict.items() if key.startswith(name)]
+    known = [(log, log.level) for log in (*loggers, logging.getLogger(name)) if isinstance(log, logging.Logger)]
+    for logger, _ in known:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in known:
+            logger.setLevel(level)

@@ -43,9 +43,9 @@ def inspect(
     """Print the search space of the model that ``factory`` makes, and write its drawings to ``out``."""
     args, kwargs = parse_inputs(inputs)
     model = load_model(factory)
-    with _quiet():
+    with console.status(f"Tracing {type(model).__name__} and looking for structures"), _quiet():
         space = search_space(model, args, kwargs, levels=levels, keep=keep)
-    summary, cost = space.summary(), space.cost()
+        summary, cost = space.summary(), space.cost()
     console.print(space_table(summary, limit=40))
     name = type(model).__name__
     words = (
