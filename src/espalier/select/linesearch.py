@@ -86,7 +86,7 @@ def exact_line_search(
 
     >>> from espalier.select.patterns import cardinality
     >>> one = np.ones(1)
-    >>> exact_line_search(one[None], one, 0 * one, -one, 0 * one, 1.0, cardinality(1, 1)).tau
+    >>> round(exact_line_search(one[None], one, 0 * one, -one, 0 * one, 1.0, cardinality(1, 1)).tau, 6)
     0.5
 
     rows: [q, n] float, the active columns of A. misfit: b − Aw, float64 [n]. w, g, w_bar: float64 [q]; g is

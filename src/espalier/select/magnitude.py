@@ -27,7 +27,7 @@ def erdos_renyi_kernel(layout: WeightLayout, keep: float) -> Quota:
     """The ERK budget: a layer's density is proportional to (sum of its shape) / (product of its shape).
 
     >>> erdos_renyi_kernel(WeightLayout(("a", "b"), ((10, 10), (100, 100))), 0.1).quota.tolist()
-    [91, 918]
+    [92, 918]
 
     Densities above 1 are cut to 1 and the rest is shared out again (Evci et al. 2020). The quotas sum to
     ⌊keep · p⌋ up to one weight per tensor.
