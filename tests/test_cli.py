@@ -234,3 +234,9 @@ def test_an_interrupted_demo_leaves_what_was_written(monkeypatch, tmp_path, caps
     assert "interrupted" in capsys.readouterr().err
     assert report.read_text() == "the last one"
     assert [p.name for p in Path(tmp_path).iterdir()] == ["report.html"]
+
+
+def test_data_prepare_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "prepare", "mnist", "--root", str(tmp_path), "--no-download"]) == 2
+    assert "espalier data prepare mnist" in capsys.readouterr().err
+    assert main(["data", "prepare", "nonsense", "--root", str(tmp_path)]) == 2

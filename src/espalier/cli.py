@@ -1,14 +1,15 @@
-"""The command line: ``espalier inspect`` and ``espalier demo``."""
+"""The command line: ``espalier inspect``, ``espalier demo``, ``espalier data prepare``."""
 
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from espalier.demo import Demo, run
 from espalier.errors import EspalierError
@@ -34,9 +35,26 @@ class Inspect:
     """Write every drawing as an SVG file beside the page, too."""
 
 
+@dataclass(frozen=True)
+class Data:
+    """Turn a published dataset into the arrays that the recipes read."""
+
+    action: tyro.conf.Positional[Literal["prepare"]]
+    """prepare: download what is missing, decode, write {train,test}-{images,labels}.npy."""
+    name: tyro.conf.Positional[str]
+    """Name of the dataset: cifar10, fashion-mnist, imagenet, ..."""
+    root: Path | None = None
+    """Folder of all datasets; by default what the environment variable ESPALIER_DATA names."""
+    raw: Path | None = None
+    """Folder of the published files, if they are at hand."""
+    download: bool = True
+    """Let torchvision fetch missing files."""
+
+
 Command = (
     Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
     | Annotated[Demo, tyro.conf.subcommand("demo", prefix_name=False)]
+    | Annotated[Data, tyro.conf.subcommand("data", prefix_name=False)]
 )
 
 
@@ -61,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if isinstance(command, Demo):
             return 0 if run(command, console) else 1
+        if isinstance(command, Data):
+            _prepare(command, console)
+            return 0
         from espalier.report.inspection import inspect
 
         inspect(command.factory, command.input, command.levels, command.keep, command.out, command.svg, console)
@@ -71,6 +92,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console(stderr=True, highlight=False).print("interrupted; what was written is whole.")
         return 130
     return 0
+
+
+def _prepare(command: Data, console: Console) -> None:
+    from espalier.data import prepare
+
+    with Progress(console=console) as display:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(split: str, done: int, total: int) -> None:
+            if split not in tasks:
+                tasks[split] = display.add_task(f"{command.name} {split}")
+            display.update(tasks[split], completed=done, total=total)
+
+        folder = prepare(command.name, command.root, command.raw, command.download, progress=progress)
+    console.print(f"Arrays in {folder}")
 
 
 def _plain(error: Exception) -> str:

@@ -2,14 +2,20 @@
 
 from dataclasses import dataclass
 
+from espalier.errors import EspalierError
+
 __all__ = ["DATASETS", "DataError", "DatasetInfo", "info"]
 
 
-class DataError(RuntimeError):
+class DataError(EspalierError, RuntimeError):
     """A dataset's file is missing, short or corrupt; the message names it and the command to run."""
 
     def __init__(self, name: str, problem: str) -> None:
         super().__init__(f"{problem}\nTo make the arrays of {name}, run: espalier data prepare {name}")
+
+
+class UnknownDataset(EspalierError, ValueError):
+    """No dataset has this name; the message lists those that there are."""
 
 
 @dataclass(frozen=True)
@@ -57,5 +63,5 @@ def info(name: str) -> DatasetInfo:
     """
     if name not in DATASETS:
         names = ", ".join(DATASETS)
-        raise ValueError(f"{name!r} has no files here; there are {names}; digits comes with scikit-learn")
+        raise UnknownDataset(f"{name!r} has no files here; there are {names}; digits comes with scikit-learn")
     return DATASETS[name]
