@@ -26,7 +26,7 @@ HIDDEN = ["layers.0", "layers.1"]
 
 
 def run(method: str, mu: float, epochs: int, lr: float, seed: int, train: Any, test: Any) -> dict[str, Any]:
-    """Train, snap, and compare the accuracies; ``flips`` counts groups that changed sides in the last epoch."""
+    """Train, snap, compare the accuracies; ``flips`` counts groups that changed sides in the last epoch."""
     torch.manual_seed(seed)
     model, (x, y) = MLP(), train
     groups = layer_groups(model, HIDDEN, "filter")
