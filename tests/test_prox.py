@@ -26,12 +26,13 @@ FILES = (
     "gates",
 )
 MORE = ("sliced", "proxsgd", "rmda", "bisect")
+REST = ["models.lenet5", "models.mlp_l0", "experiments.gsparsity"]
 
 
-@pytest.mark.parametrize("name", FILES + MORE)
+@pytest.mark.parametrize("name", [f"sparsify.{name}" for name in FILES + MORE] + REST)
 def test_examples_of_the_docstrings(name):
     torch.manual_seed(0)
-    assert doctest.testmod(importlib.import_module(f"espalier.sparsify.{name}")).failed == 0
+    assert doctest.testmod(importlib.import_module(f"espalier.{name}")).failed == 0
 
 
 @pytest.fixture
