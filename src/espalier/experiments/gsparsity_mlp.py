@@ -39,9 +39,7 @@ def run(method: str, mu: float, epochs: int, lr: float, seed: int, train: Any, t
         model.train()
         flips.zero_()
         before: Tensor = opt.dormant > 0
-        for rows in torch.randperm(
-            len(x), generator=torch.Generator().manual_seed(seed * 1009 + epoch)
-        ).split(100):
+        for rows in torch.randperm(len(x), generator=torch.Generator().manual_seed(seed * 1009 + epoch)).split(100):
             opt.zero_grad()
             cross_entropy(model(x[rows]), y[rows]).backward()
             opt.step()
