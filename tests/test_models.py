@@ -151,8 +151,6 @@ SPACES = {  # networks, inputs, and how many structures the paper's rule removes
 
 @pytest.mark.parametrize("name", SPACES)
 def test_search_space_is_found_without_a_hint(name):
-    if not hasattr(espalier, "search_space"):
-        pytest.skip("needs espalier.search_space")
     make, structures = SPACES[name]
     assert len(espalier.search_space(make().eval(), (torch.randn(2, 3, 16, 16),))) == structures
 

@@ -24,8 +24,10 @@ _FORMAT = "espalier.module.1"
 def save(module: nn.Module, path: str | Path) -> None:
     """Write a module, weights and architecture, to one safetensors file.
 
-    >>> save(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "/tmp/doctest.espalier")
-    >>> load("/tmp/doctest.espalier")[0].out_features
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "small.espalier"
+    >>> save(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), path)
+    >>> load(path)[0].out_features
     2
 
     The file is written beside ``path`` first and then moved, so that an interrupted call leaves no half file.

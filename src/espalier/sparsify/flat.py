@@ -1,5 +1,6 @@
 """All trained parameters as one flat vector with its groups: what ProxSGD and RMDA share."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -83,11 +84,11 @@ class FlatProximal(Optimizer):
         self.steps_done += 1
         return loss
 
+    @abstractmethod
     def _update(self, w: Tensor, g: Tensor) -> Tensor:
         """Write the new parameters into ``w``; return how much every group was shrunk [groups], 0 for "is
         zero".
         """
-        raise NotImplementedError
 
     def _gather(self) -> Tensor:
         _copy(self._views, self._tensors)
