@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from networks import Wide
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import espalier
-from networks import Wide
 
 
 def train(rows: slice, parallel: bool) -> dict[str, object]:
