@@ -176,7 +176,7 @@ def test_tensors_in_dicts(tmp_path: Path) -> None:
     batch = {"x": torch.randn(2, 4), "y": torch.randn(2, 4)}
     space = espalier.search_space(Named(), (batch,))
     small = espalier.construct(
-        space, space.solution(["b-mul"] if "b-mul" in space._by_name else [space.structures[-1].name])
+        space, space.solution(["b-mul"] if "b-mul" in space.structures.names else [space.structures[-1].name])
     )
     espalier.save(small, tmp_path / "n")
     assert torch.equal(espalier.load(tmp_path / "n")(batch)["sum"], small(batch)["sum"])

@@ -5,7 +5,6 @@ import copy
 from torch import fx, nn
 
 from espalier.own_class import in_own_class
-from espalier.space.reduce import reduced
 from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
 
@@ -32,10 +31,11 @@ def construct(space: SearchSpace, solution: Solution) -> nn.Module:
     layers. Raises :class:`InvalidSolution` if the solution is of another space or not valid.
     """
     space.check(solution)
-    model = space.masked(solution) if solution.masks else copy.deepcopy(space.model)
+    narrowing = space.narrowing(solution.removed)
+    model = space.zero_parameters(solution) if solution.masks or narrowing else copy.deepcopy(space.model)
     if not solution.removed:
         return model
-    lifted = reduced(space.trace, space.graph, space.segments_of(solution.removed), space.constant, model)
+    lifted = space.reduced(solution.removed, model)
     _out_of_place(lifted.module)
     small = in_own_class(space.trace, model, lifted) or lifted.module
     _forget_shapes(small)

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from espalier.graph.lift import Call, boundary, is_tensor, stack_of
 from espalier.graph.module import graph_module, shallow
 from espalier.graph.trace import Trace
+from espalier.own_sizes import in_place, set_at, with_own_tree
 from espalier.rules import Narrowed, Value
 from espalier.rules.value import tensors_of
 from espalier.space.reduce import Reduced
@@ -26,15 +27,18 @@ def in_own_class(trace: Trace, model: nn.Module, small: Reduced) -> nn.Module | 
 
     The result is compared with ``small`` on the example inputs; None unless the outputs are equal.
     """
+    narrowed = in_place(trace, model, small)
+    if narrowed is not None and _agree(trace, narrowed, small.module) and _trains(trace, narrowed):
+        return narrowed
     blocks = _blocks_to_replace(trace, small)
     if blocks is None:
         return None
-    whole = _with_own_tree(model)
+    whole = with_own_tree(model)
     for path, layer in small.module.named_modules(remove_duplicate=False):
         if path and not any(path == b.path or path.startswith(f"{b.path}.") for b in blocks):
-            _set(whole, path, layer)
+            set_at(whole, path, layer)
     for block in blocks:
-        _set(whole, block.path, _block_module(block, small, trace))
+        set_at(whole, block.path, _block_module(block, small, trace))
     return whole if _agree(trace, whole, small.module) and _trains(trace, whole) else None
 
 
@@ -166,36 +170,11 @@ def _block_module(block: _Block, small: Reduced, trace: Trace) -> nn.Module:
             for part in str(node.target).split("."):
                 value = getattr(value, part)
             copied.target = str(node.target).removeprefix(f"{block.path}.")
-            _set(root, copied.target, value)
+            set_at(root, copied.target, value)
     graph.output(new[result])
     module = graph_module(root, graph, type(trace.model.get_submodule(block.path)).__name__)
     module.training = trace.model.get_submodule(block.path).training
     return module
-
-
-def _with_own_tree(model: nn.Module) -> nn.Module:
-    """Copies of all containers over the same layers, so that editing the tree leaves ``model`` alone."""
-    model = shallow(model)
-    for name, child in model._modules.items():
-        if child is not None and any(True for _ in child.children()) and not isinstance(child, fx.GraphModule):
-            model._modules[name] = _with_own_tree(child)
-    return model
-
-
-def _set(root: nn.Module, path: str, value: object) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        if not hasattr(root, parent):
-            root.add_module(parent, nn.Module())
-        root = getattr(root, parent)
-    if isinstance(value, nn.Module):
-        shell = type(value) is nn.Module  # of the graph's tree of names: not a layer
-        if not (shell and isinstance(getattr(root, name, None), nn.Module)):
-            root._modules[name] = value
-    elif isinstance(value, nn.Parameter):
-        root.register_parameter(name, value)
-    elif isinstance(value, torch.Tensor):
-        root.register_buffer(name, value)
 
 
 def _agree(trace: Trace, whole: nn.Module, lifted: nn.Module) -> bool:

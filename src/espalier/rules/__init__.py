@@ -1,6 +1,6 @@
-"""How each operator acts when some of what it reads is constant or narrowed.
+"""How each operator couples the axes of what it reads and returns, and how it acts on what is constant or narrowed.
 
-One file per kind of operator. A rule has the signature ``rule(build, node, values) -> Value | None``; None
+One file per kind of operator, with both halves. ``@couples`` is described in :mod:`espalier.graph.axes`. A rule has the signature ``rule(build, node, values) -> Value | None``; None
 means that it cannot take the case, and the constants are then put back (always exact, never smaller).
 Importing this package registers every rule in it.
 """
@@ -8,9 +8,9 @@ Importing this package registers every rule in it.
 import importlib
 import pkgutil
 
-from espalier.rules.value import RULES, Constant, Narrowed, Value, rule
+from espalier.rules.value import RULES, Constant, Kept, Narrowed, Value, rule
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["RULES", "Constant", "Narrowed", "Value", "rule"]
+__all__ = ["RULES", "Constant", "Kept", "Narrowed", "Value", "rule"]

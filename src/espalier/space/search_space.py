@@ -11,16 +11,21 @@ import torch
 from torch import nn
 
 from espalier.errors import InvalidSolution, SpaceError
-from espalier.graph.constants import Constant, annihilator, constant_output
-from espalier.graph.lift import stack_of
-from espalier.graph.segments import Segment, SegmentGraph, aten, segment_graph
+from espalier.graph.axes import Axes, coupled_axes
+from espalier.graph.constants import Constant, constant_output
+from espalier.graph.segments import SegmentGraph, aten, segment_graph
 from espalier.graph.trace import Trace, trace
 from espalier.space.budget import Budget, meet
 from espalier.space.cost import Cost, measure
-from espalier.space.reduce import reduced
+from espalier.space.discover import segment_families
+from espalier.space.estimate import CostModel
+from espalier.space.families import axis_families, kernel_families
+from espalier.space.masked import with_statistics_over_what_stays, with_zeros
+from espalier.space.narrowing import NO_AXES, Narrowing
+from espalier.space.reduce import Reduced, reduced
 from espalier.space.solution import Solution
-from espalier.space.structure import Family, Slices, Structure
-from espalier.space.summary import Summary, macs_per_node, summarize
+from espalier.space.structure import LEVELS, Family, Slices, Structure, Structures
+from espalier.space.summary import Summary, summarize
 from espalier.space.validity import Validity
 
 Keep = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -29,18 +34,24 @@ Keep = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 class SearchSpace:
     """Made by :func:`search_space`.
 
-    ``structures`` lists what may go, ``kept`` maps the name of every other segment to the reason why it stays.
+    ``families`` group what may go by what is sliced alike; ``structures`` lists every single structure. ``kept``
+    maps the name of every segment that stays to the reason, ``axes`` knows the coupled axes and their reasons.
     """
 
-    def __init__(self, traced: Trace, graph: SegmentGraph, structures: Sequence[Structure], kept: Mapping[str, str]):
+    def __init__(
+        self,
+        traced: Trace,
+        graph: SegmentGraph,
+        families: Sequence[Family],
+        kept: Mapping[str, str],
+        axes: Axes = NO_AXES,
+    ):
         self.trace = traced
         self.graph = graph
-        self.structures = tuple(structures)
+        self.axes = axes
         self.kept = dict(kept)
-        self.families = tuple(
-            Family(s.level, (s.name,), tuple(Slices(p) for p in s.parameters), s.segments) for s in self.structures
-        )
-        self._by_name = {s.name: s for s in self.structures}
+        self.families = tuple(families)
+        self.structures = Structures(self.families)
         self._constants: dict[int, Constant | str] = {}
         products = frozenset(s.index for s in graph if s.joint and s.nodes[0].target is aten.mul.Tensor)
         self.validity = Validity(graph, products, self.constant)
@@ -53,13 +64,19 @@ class SearchSpace:
         return len(self.structures)
 
     def __getitem__(self, name: str) -> Structure:
-        if name not in self._by_name:
+        return self.structures[self.position(name)]
+
+    def position(self, name: str) -> int:
+        """The position of the structure of this name in ``structures``."""
+        try:
+            return self.structures.position(name)
+        except SpaceError as error:
+            known = [f.name if f.level == "segment" else f"{f.name_of(0)} ..." for f in self.families]
             raise SpaceError(
                 f"no structure is called '{name}'"
                 + (f": {self.kept[name]}." if name in self.kept else ".")
-                + f" There are: {', '.join(self._by_name) or 'none'}."
-            )
-        return self._by_name[name]
+                + f" There are: {', '.join(known) or 'none'}."
+            ) from error
 
     def __repr__(self) -> str:
         return f"SearchSpace({type(self.model).__name__}, {len(self)} structures of {len(self.graph)} segments)"
@@ -70,15 +87,16 @@ class SearchSpace:
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             digest.update(f"{name}:{tuple(parameter.shape)};".encode())
-        for structure in self.structures:
-            digest.update(f"{structure.name}={','.join(structure.parameters)};".encode())
+        for family in self.families:
+            several = "" if family.level == "segment" else f"[{family.count}]"
+            digest.update(f"{family.name}{several}={','.join(family.parameters)};".encode())
         return digest.hexdigest()[:16]
 
     def constant(self, segment: int) -> Constant:
         """What the removed segment yields."""
         if segment not in self._constants:
-            structure = next(s for s in self.structures if segment in s.segments)
-            zeroed = self.zeroed([structure.name])
+            family = next(f for f in self.families if segment in f.segments)
+            zeroed = self.zeroed([family.name])
             self._constants[segment] = constant_output(self.trace, self.graph[segment].nodes, zeroed)
         value = self._constants[segment]
         if isinstance(value, str):
@@ -86,7 +104,7 @@ class SearchSpace:
         return value
 
     def zeroed(self, removed: Iterable[str]) -> frozenset[str]:
-        """Every name of every parameter of these structures (a shared parameter has several)."""
+        """Every name of every parameter of these segments (a shared parameter has several)."""
         wanted = {p for name in removed for p in self[name].parameters}
         tensors = {id(p) for name, p in self.model.named_parameters() if name in wanted}
         every = self.model.named_parameters(remove_duplicate=False)
@@ -96,9 +114,31 @@ class SearchSpace:
         """Index of every segment that goes with these structures, and the structure's name."""
         return {segment: name for name in removed for segment in self[name].segments}
 
+    def removed_of(self, removed: Iterable[str]) -> dict[int, torch.Tensor]:
+        """Family (its index in ``families``) → positions in it, ascending, of these structures."""
+        places: dict[int, set[int]] = {}
+        for name in removed:
+            family, index = self.structures.place(self.position(name))
+            places.setdefault(family, set()).add(index)
+        return {k: torch.tensor(sorted(found)) for k, found in places.items()}
+
+    def narrowing(self, removed: Iterable[str]) -> Narrowing:
+        """What these structures take from every axis."""
+        gone: list[int] = []
+        for k, positions in self.removed_of(removed).items():
+            components = self.families[k].components
+            if components is not None:
+                gone += components[positions.numpy()].tolist()
+        return Narrowing(self.axes, gone)
+
     def explain(self, removed: Iterable[str]) -> str:
         """Why these structures may not go together; '' if they may."""
-        return self.validity.explain(self.segments_of(removed))
+        names = list(removed)
+        for k, positions in self.removed_of(names).items():
+            family = self.families[k]
+            if family.components is not None and len(positions) == len(family):
+                return f"all {len(family)} structures of '{family.name}' would go ({family.level}): keep at least one."
+        return self.validity.explain(self.segments_of(names))
 
     def is_valid(self, removed: Iterable[str]) -> bool:
         """Whether the network still works without these structures."""
@@ -129,53 +169,66 @@ class SearchSpace:
         This is what the sub-network must equal. It is made without the graph, from the parameters' names alone.
         """
         self.check(solution)
-        model = copy.deepcopy(self.model)
-        zero = {p for name in solution.removed for p in self[name].parameters}
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in zero:
-                    parameter.zero_()
-                if name in solution.masks:
-                    parameter.mul_(solution.masks[name].to(parameter))
-        return model
+        model = with_zeros(self.model, self._slices(solution.removed), solution.masks)
+        return with_statistics_over_what_stays(self.trace, model, self.narrowing(solution.removed))
+
+    def zero_parameters(self, solution: Solution) -> nn.Module:
+        """A copy of the model whose removed slices are zero; norms are its own."""
+        return with_zeros(self.model, self._slices(solution.removed), solution.masks)
+
+    def _slices(self, removed: Iterable[str]) -> list[tuple[Slices, torch.Tensor]]:
+        return [(s, gone) for k, gone in self.removed_of(removed).items() for s in self.families[k].slices]
 
     def removable_in_order(self, names: Iterable[str], stop_at: int | None = None) -> list[str]:
         """Walk ``names`` and take each whose removal, with those taken before, is valid."""
         taken: dict[int, str] = {}
+        left = [len(family) for family in self.families]
         chosen: list[str] = []
         for name in names:
             if stop_at is not None and len(chosen) >= stop_at:
                 break
-            trial = taken | dict.fromkeys(self[name].segments, name)
-            if not self.validity.explain(trial):
+            k, _ = self.structures.place(self.position(name))
+            family = self.families[k]
+            if family.segments:
+                trial = taken | dict.fromkeys(family.segments, name)
+                if self.validity.explain(trial):
+                    continue
                 taken = trial
-                chosen.append(name)
+            elif family.components is not None:
+                if left[k] <= 1:
+                    continue
+                left[k] -= 1
+            chosen.append(name)
         return chosen
+
+    def reduced(self, removed: Iterable[str], model: nn.Module) -> Reduced:
+        """The trace without these structures over the layers of ``model``, a copy with the removed slices at zero."""
+        names = list(removed)
+        return reduced(
+            self.trace, self.graph, self.segments_of(names), self.constant, model, self.narrowing(names)
+        )
 
     def cost(self, removed: Iterable[str] = ()) -> Cost:
         """Parameters and MACs of the sub-network without these structures, as ``construct`` would build it.
 
         Counted is what the forward pass in eval mode uses; heads that only training uses are left out.
         """
-        network = self.trace.graph_module
+        network: nn.Module = self.trace.graph_module
         names = list(removed)
         if names:
-            gone = self.segments_of(names)
-            network = reduced(self.trace, self.graph, gone, self.constant, self.model).module
+            narrow = any(self.families[k].components is not None for k in self.removed_of(names))
+            model = with_zeros(self.model, self._slices(names), {}) if narrow else self.model
+            network = self.reduced(names, model).module
         return measure(network, self.trace.args, self.trace.kwargs)
 
     def reachable_cost(self, removed: Iterable[str]) -> Cost:
-        """The same without building anything: the sum over all segments that an output still rests on."""
-        params, macs = self._segment_costs
-        live = self.validity.live(self.segments_of(removed))
-        names = {name for index in live for name in self.graph[index].parameters}
-        return Cost(sum(params[name] for name in names), sum(macs[index] for index in live))
+        """The same without building anything: what an output still rests on, narrowed by what is removed."""
+        names = list(removed)
+        return self._cost_model(self.validity.live(self.segments_of(names)), self.narrowing(names))
 
     @cached_property
-    def _segment_costs(self) -> tuple[dict[str, int], list[int]]:
-        nodes = macs_per_node(self.trace)
-        params = {name: p.numel() for name, p in self.model.named_parameters()}
-        return params, [sum(nodes.get(n, 0) for n in segment.nodes) for segment in self.graph]
+    def _cost_model(self) -> CostModel:
+        return CostModel(self.trace, self.graph, self.axes)
 
     def sample(self, budget: Budget, generator: torch.Generator | None = None) -> Solution:
         """A random valid solution within the budget: structures go in random order until it is met."""
@@ -218,19 +271,32 @@ def search_space(
     >>> space.is_valid(["a"]), space.is_valid(["a", "b"])
     (True, False)
 
-    ``args`` and ``kwargs`` are example inputs. ``levels``: "segment". ``keep`` protects modules: a dotted path
+    ``args`` and ``kwargs`` are example inputs. ``levels``: any of "segment", "channel" (filters, neurons, embedding
+    widths), "head" (of attention) and "kernel" (one k × k slice of a convolution, masked rather than removed), in
+    one space. ``keep`` protects modules: a dotted path
     (with all below it), a module type, or a predicate of (path, module).
 
     Raises :class:`TraceError` if the model cannot be traced, :class:`SpaceError` for an unknown level or a
     ``keep`` that matches nothing.
     """
-    unknown = [level for level in levels if level != "segment"]
+    unknown = [level for level in levels if level not in LEVELS]
     if unknown or not levels:
-        raise SpaceError(f"unknown level {unknown[0] if unknown else '()'!r}: there is 'segment'.")
+        known = ", ".join(f"'{level}'" for level in LEVELS)
+        raise SpaceError(f"unknown level {unknown[0] if unknown else '()'!r}: there are {known}.")
     traced = trace(model, args, kwargs)
     graph = segment_graph(traced)
-    structures, kept = structures_of(traced, graph, _protected(model, keep))
-    return SearchSpace(traced, graph, structures, kept)
+    paths = _protected(model, keep)
+    families, kept = segment_families(traced, graph, paths)
+    if "segment" not in levels:
+        families = []
+    axes, names = NO_AXES, {f.name for f in families}
+    held = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in paths}
+    if {"channel", "head"} & set(levels):
+        axes = coupled_axes(traced, held)
+        families += axis_families(axes, model, levels, names)
+    if "kernel" in levels:
+        families += kernel_families(model, held, {f.name for f in families})
+    return SearchSpace(traced, graph, families, kept, axes)
 
 
 def _protected(model: nn.Module, keep: Sequence[Keep]) -> set[str]:
@@ -248,126 +314,3 @@ def _protected(model: nn.Module, keep: Sequence[Keep]) -> set[str]:
             raise SpaceError(f"keep={wish!r} matches no module of {type(model).__name__}.")
         paths |= found
     return paths
-
-
-def structures_of(traced: Trace, graph: SegmentGraph, protected: set[str]) -> tuple[list[Structure], dict[str, str]]:
-    """Discovery of removal structures (Algorithm 2, lines 11 to 16)."""
-    users: dict[str, list[int]] = {}
-    for segment in graph:
-        for name in segment.parameters:
-            users.setdefault(name, []).append(segment.index)
-    trainable = {name for name, p in traced.model.named_parameters() if p.requires_grad}
-    aliases = _aliases(traced.model)
-    structures: list[Structure] = []
-    kept: dict[str, str] = {}
-    tied: set[int] = set()
-    for segment in graph:
-        if segment.index in tied:
-            continue
-        reason = _stays(segment, graph, trainable, protected)
-        if reason:
-            kept[segment.name] = reason
-            continue
-        own = [p for p in segment.parameters if p in trainable and users[p] == [segment.index]]
-        if annihilator(traced, segment.nodes, _with_aliases(own, aliases)) is not None:
-            members = [segment]
-        else:
-            members = [graph[i] for i in _sharing(segment, graph, users)]
-            own = list(dict.fromkeys(p for s in members for p in s.parameters if p in trainable))
-            reason = _tie_fails(members, segment, graph, traced, own, trainable, protected, aliases)
-            if reason:
-                kept[segment.name] = reason
-                continue
-        reason = _constant_fails(traced, members, _with_aliases(own, aliases))
-        if reason:
-            kept[segment.name] = reason
-            continue
-        tied.update(s.index for s in members)
-        structures.append(Structure(segment.name, "segment", tuple(own), tuple(s.index for s in members)))
-    return structures, kept
-
-
-def _stays(segment: Segment, graph: SegmentGraph, trainable: set[str], protected: set[str]) -> str:
-    if segment.joint:
-        return "a joint vertex"
-    if segment.feeds_output:
-        return "the model returns its output"
-    if not segment.outgoing:
-        return "nothing reads its output"
-    rigid = [graph[i].name for i in segment.outgoing if not graph[i].joint]
-    if rigid:
-        return f"'{rigid[0]}' needs its output and is no joint vertex"
-    if not segment.parameters:
-        return "it has no parameters"
-    if not any(p in trainable for p in segment.parameters):
-        return "all its parameters are frozen (requires_grad=False)"
-    touched = {path for node in segment.nodes for _, path in stack_of(node)[-1:]}
-    touched |= {str(node.target) for node in segment.nodes if node.op == "call_module"}
-    touched |= {p.rpartition(".")[0] for p in segment.parameters}
-    if touched & protected:
-        return f"protected by keep= ('{sorted(touched & protected)[0]}')"
-    return ""
-
-
-def _sharing(segment: Segment, graph: SegmentGraph, users: Mapping[str, list[int]]) -> list[int]:
-    """The segments that share trainable parameters with this one, and with those, and so on."""
-    pending, found = [segment.index], {segment.index}
-    while pending:
-        for name in graph[pending.pop()].parameters:
-            for other in users[name]:
-                if other not in found:
-                    found.add(other)
-                    pending.append(other)
-    return sorted(found)
-
-
-def _tie_fails(
-    members: Sequence[Segment],
-    segment: Segment,
-    graph: SegmentGraph,
-    traced: Trace,
-    own: Sequence[str],
-    trainable: set[str],
-    protected: set[str],
-    aliases: Mapping[str, frozenset[str]],
-) -> str:
-    zeroed = _with_aliases(own, aliases)
-    for member in members:
-        reason = _stays(member, graph, trainable, protected)
-        if reason and member is not segment:
-            return f"it shares parameters with '{member.name}', which stays: {reason}"
-        if annihilator(traced, member.nodes, zeroed) is None:
-            if member is segment:
-                return "its output still depends on its input when its trainable parameters are zero"
-            return f"it shares parameters with '{member.name}', which zero parameters do not silence"
-    return ""
-
-
-def _constant_fails(traced: Trace, members: Sequence[Segment], zeroed: frozenset[str]) -> str:
-    """Evaluate the constant only where what follows the annihilator might be random."""
-    for member in members:
-        start = annihilator(traced, member.nodes, zeroed)
-        assert start is not None
-        if len(member.nodes) > start + 1 and any(_may_be_random(traced, n) for n in member.nodes[start + 1 :]):
-            value = constant_output(traced, member.nodes, zeroed)
-            if isinstance(value, str):
-                return value
-    return ""
-
-
-def _may_be_random(traced: Trace, node: Any) -> bool:
-    if node.op == "call_module":
-        module = traced.graph_module.get_submodule(str(node.target))
-        return not type(module).__module__.startswith("torch.nn.modules") or "dropout" in type(module).__name__.lower()
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _aliases(model: nn.Module) -> dict[str, frozenset[str]]:
-    names: dict[int, set[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), set()).add(name)
-    return {name: frozenset(names[id(p)]) for name, p in model.named_parameters()}
-
-
-def _with_aliases(names: Iterable[str], aliases: Mapping[str, frozenset[str]]) -> frozenset[str]:
-    return frozenset(alias for name in names for alias in aliases[name])

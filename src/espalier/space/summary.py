@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -76,7 +77,11 @@ def macs_per_node(trace: Trace) -> dict[fx.Node, int]:
             found[n] = (counter.get_total_flops() - before) // 2 // batch
             return result
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter:
+    with (
+        torch.no_grad(),
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        FlopCounterMode(display=False) as counter,
+    ):
         inputs = [mode.from_tensor(v) if hasattr(v, "untyped_storage") else v for v in trace.flat_inputs()]
         Counter(trace.graph_module).run(*inputs, enable_io_processing=False)
     return found
