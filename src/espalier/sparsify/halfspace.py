@@ -322,8 +322,10 @@ class HSPG(HalfSpace):
         return {"lam": self.lam, "epsilon": self.epsilon}
 
     def _resume(self, redundant: list[str]) -> None:
-        super()._resume(redundant)
-        if self.phase != "done":
+        self._mark(redundant)
+        if self.phase == "done":
+            self._head_for_zero(())
+        else:
             self._search()
 
 

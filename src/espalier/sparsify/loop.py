@@ -27,7 +27,7 @@ class HalfSpace(Optimizer):
     own, :meth:`_gone`. A step waits for the device only where a phase ends.
     """
 
-    moves_after_base = False  # whether the policy needs x as it was before the step in every step
+    moves_after_base = False  # whether ``base`` moves these groups too, and the policy adds to its step
 
     def __init__(
         self,
@@ -59,6 +59,8 @@ class HalfSpace(Optimizer):
         self.steps_done = 0
         self.redundant: tuple[str, ...] = ()
         device = self.groups.group.device
+        # On an accelerator, asking which groups have arrived would wait for it: a factor of 0 holds them instead.
+        self._at_once = device.type == "cpu" and not self.moves_after_base
         self._alive = torch.ones(len(space), device=device)  # 0 once a group has arrived at zero
         self._left_over = torch.zeros(len(space), device=device)
         self._shrinking: list[nn.Parameter] = []  # what is on its way to zero
@@ -166,13 +168,20 @@ class HalfSpace(Optimizer):
             gone = self._gone(tensors, before) if testing else None
             if gone is not None:
                 self._alive.mul_(~gone)
-            foreach.mul_(tensors, self._per_tensor(self._alive))
+            if not self._at_once or gone is not None:
+                alive = self._alive[self.groups.group[self._rows]]
+                foreach.mul_(tensors, alive.to(tensors[0].dtype).unbind())
+            if self._at_once and gone is not None:
+                self._drop_arrived()
         if left == 1:
             self._finish()
 
-    def _per_tensor(self, per_structure: Tensor) -> Sequence[Tensor]:
-        """One factor for each tensor on its way to zero."""
-        return per_structure[self.groups.group[self._rows]].to(self._shrinking[0].dtype).unbind()
+    def _drop_arrived(self) -> None:
+        """What is zero is moved no more."""
+        alive = (self._alive[self.groups.group[self._rows]] > 0).tolist()
+        if all(alive):
+            return
+        self._head_for_zero([row for row, on in zip(self._rows.tolist(), alive, strict=True) if on])
 
     def _mark(self, names: Iterable[str]) -> None:
         """These groups are redundant: ``base`` trains them no longer."""
@@ -300,6 +309,8 @@ class HalfSpace(Optimizer):
         self._mark(redundant)
         if self.phase == "done":
             self._head_for_zero(())
+        elif self._at_once:
+            self._drop_arrived()
 
 
 def _copied(given: list[Any]) -> list[Any]:
