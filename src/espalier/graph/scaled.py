@@ -45,8 +45,8 @@ def scaled(trace: Trace, graph: SegmentGraph, protected: Collection[str] = ()) -
     ...         x = self.stem(x)
     ...         return (x + self.f(x)).relu()
     >>> traced = trace(Block(), (torch.randn(3, 4),))
-    >>> [name for name, _ in scaled(traced, segment_graph(traced)).trace.model.named_parameters()][-1]
-    'scalars.stem_to_add'
+    >>> scaled(traced, segment_graph(traced)).trace.scalars
+    ('scalars.stem_to_add',)
 
     A skip is an edge into a joint vertex from a vertex that others read as well and that is not removable
     itself. The parameters are ``scalars.<name>``, zero-dimensional, of the model's dtype and on its device.
