@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from espalier.graph.lift import Call, boundary, is_tensor, stack_of
-from espalier.graph.module import graph_module, shallow
+from espalier.graph.module import graph_module
 from espalier.graph.trace import Trace
 from espalier.own_sizes import in_place, set_at, with_own_tree
 from espalier.rules import Narrowed, Value

@@ -76,8 +76,7 @@ class Coupling:
         self._modules = dict(trace.graph_module.named_modules(remove_duplicate=False))
         canonical: dict[int, str] = {}
         self.names = {
-            name: canonical.setdefault(id(p), name)
-            for name, p in trace.model.named_parameters(remove_duplicate=False)
+            name: canonical.setdefault(id(p), name) for name, p in trace.model.named_parameters(remove_duplicate=False)
         }
         self._tensors = {canonical[id(p)]: p for p in trace.model.parameters()}
 
@@ -320,9 +319,7 @@ class Coupling:
             return [None if axis is None else root[axis] for axis in labels]
 
         every = {
-            node: [rooted(each) for each in labels]
-            if isinstance(node.meta["val"], (tuple, list))
-            else rooted(labels)
+            node: [rooted(each) for each in labels] if isinstance(node.meta["val"], (tuple, list)) else rooted(labels)
             for node, labels in self.labels.items()
         }
         stays = np.flatnonzero(reason >= 0)
@@ -370,7 +367,11 @@ def _drops(module: nn.Module, node: fx.Node) -> bool:
             m.training = mode
 
 
+def _number(node: fx.Node) -> Any:
+    return hint(node.meta.get("val"))
+
+
 def numbers(node: fx.Node, *, after: int = 1) -> tuple[list[Any], dict[str, Any]]:
     """The node's arguments behind its first ``after``, symbols replaced by the example's numbers."""
-    args, kwargs = fx.map_arg((list(node.args[after:]), dict(node.kwargs)), lambda n: hint(n.meta.get("val")))
+    args, kwargs = fx.map_arg((list(node.args[after:]), dict(node.kwargs)), _number)
     return args, kwargs

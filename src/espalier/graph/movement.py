@@ -20,7 +20,7 @@ class Movement:
     shape: tuple[int, ...]
     source: Flat
 
-    def digit(self, dim: int) -> Flat | None:
+    def digit(self, dim: int) -> Flat:
         """The index along input axis ``dim`` of every element's source."""
         stride = int(np.prod(self.shape[dim + 1 :], dtype=np.int64))
         return np.where(self.source < 0, -1, self.source // stride % self.shape[dim])

@@ -1,6 +1,7 @@
-"""How each operator couples the axes of what it reads and returns, and how it acts on what is constant or narrowed.
+"""How each operator couples axes, and how it acts on what is constant or narrowed.
 
-One file per kind of operator, with both halves. ``@couples`` is described in :mod:`espalier.graph.axes`. A rule has the signature ``rule(build, node, values) -> Value | None``; None
+One file per kind of operator, with both halves. ``@couples`` (:mod:`espalier.graph.axes`) says which axes of what an
+operator reads and returns are one. A ``@rule`` has the signature ``rule(build, node, values) -> Value | None``; None
 means that it cannot take the case, and the constants are then put back (always exact, never smaller).
 Importing this package registers every rule in it.
 """

@@ -120,19 +120,20 @@ def function(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
         return None
     values = _to_one_box(build, node, sources, values, ndim, shape)
     box = _box(values, ndim)
-    if box:
-        background = _background(node, sources, values, ndim)
-        if background is None:
-            values = [build.put_back(v) if isinstance(v, Narrowed) else v for v in values]
-            box = {}
-    inputs = [_materialised(build, n, v, box, ndim, shape) for n, v in zip(sources, values, strict=True)]
+    background = _background(node, sources, values, ndim) if box else None
+    if background is None:
+        values = [build.put_back(v) if isinstance(v, Narrowed) else v for v in values]
+    held = {} if background is None else box
+    inputs = [_materialised(build, n, v, held, ndim, shape) for n, v in zip(sources, values, strict=True)]
     new = build.copy(node, inputs)
-    return Narrowed(new, box, shape, background) if box else new
+    return new if background is None else Narrowed(new, box, shape, background)
 
 
 def _spanned(sources: list[fx.Node], values: list[Value], shape: tuple[int, ...]) -> bool:
     """Whether the result has its full shape without the constants, which are stored without uniform axes."""
-    shapes = [full_shape(n) for n, v in zip(sources, values, strict=True) if is_tensor(n) and not isinstance(v, Constant)]
+    shapes = [
+        full_shape(n) for n, v in zip(sources, values, strict=True) if is_tensor(n) and not isinstance(v, Constant)
+    ]
     return tuple(torch.broadcast_shapes(*shapes)) == shape
 
 
@@ -152,7 +153,10 @@ def _to_one_box(
         if not holders:
             continue
         whole = any(
-            isinstance(v, (fx.Node, Narrowed)) and i not in holders and at[i] >= 0 and full_shape(n)[at[i]] == shape[dim] > 1
+            isinstance(v, (fx.Node, Narrowed))
+            and i not in holders
+            and at[i] >= 0
+            and full_shape(n)[at[i]] == shape[dim] > 1
             for i, (n, v) in enumerate(zip(sources, values, strict=True))
         )
         kepts = [values[i].kept[at[i]] for i in holders]  # type: ignore[union-attr]
@@ -204,9 +208,7 @@ def _background(node: fx.Node, sources: list[fx.Node], values: list[Value], ndim
     return Constant(*[evaluated(Constant(r, r), lambda t: t, ndim).evaluated for r in result])
 
 
-def _materialised(
-    build: Build, source: fx.Node, value: Value, box: Kept, ndim: int, shape: tuple[int, ...]
-) -> fx.Node:
+def _materialised(build: Build, source: fx.Node, value: Value, box: Kept, ndim: int, shape: tuple[int, ...]) -> fx.Node:
     if isinstance(value, Narrowed):
         return value.node
     if isinstance(value, Constant):

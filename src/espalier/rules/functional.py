@@ -85,7 +85,9 @@ def group_axes(coupling: Coupling, node: fx.Node, inputs: list[Labels]) -> Label
     coupling.fix(labels[2:], f"{coupling.at(node)} averages over it")
     groups = int(node.args[1])  # type: ignore[call-overload]
     if labels[1] is not None:
-        coupling.split(labels[1], (groups, len(labels[1]) // groups), f"the groups of {coupling.at(node)} have one width")
+        coupling.split(
+            labels[1], (groups, len(labels[1]) // groups), f"the groups of {coupling.at(node)} have one width"
+        )
     coupling.statistic(node, 1)
     return _joined(coupling, node, [labels[0], labels[1], *[None] * (len(labels) - 2)], affine, 1)
 
@@ -161,7 +163,11 @@ def conv(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     mine = value.kept if isinstance(value, Narrowed) else {}
     depthwise = _groups(node) > 1
     wanted = rows if depthwise else columns
-    if (set(mine) - {at}) or (wanted is None) != (at not in mine) or (bias and _rows(bias[0], 0) is not _same(rows, bias[0])):
+    if (
+        (set(mine) - {at})
+        or (wanted is None) != (at not in mine)
+        or (bias and _rows(bias[0], 0) is not _same(rows, bias[0]))
+    ):
         return None
     if wanted is not None and (not torch.equal(mine[at], wanted) or not zero_at(value, at)):
         return None
@@ -185,7 +191,12 @@ def _same(rows: Tensor | None, value: Value) -> Tensor | None:
 def embedding(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     """A narrower table."""
     table, ids = values
-    if not isinstance(table, Narrowed) or set(table.kept) != {1} or not isinstance(ids, fx.Node) or not zero_at(table, 1):
+    if (
+        not isinstance(table, Narrowed)
+        or set(table.kept) != {1}
+        or not isinstance(ids, fx.Node)
+        or not zero_at(table, 1)
+    ):
         return None
     last = node.meta["val"].ndim - 1
     return Narrowed(build.copy(node, [table.node, ids]), {last: table.kept[1]}, full_shape(node), ZERO)
@@ -254,5 +265,3 @@ def per_channel(build: Build, node: fx.Node, values: list[Value]) -> Value | Non
         return None
     new = build.copy(node, [v.node for v in values if isinstance(v, Narrowed)])
     return Narrowed(new, value.kept, value.shape, ZERO)
-
-

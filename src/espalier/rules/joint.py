@@ -52,7 +52,9 @@ def _is_result(node: fx.Node, value: Value) -> bool:
         return False
     wanted, val = node.meta["val"], (value.node if isinstance(value, Narrowed) else value).meta["val"]
     shape = str(value.shape if isinstance(value, Narrowed) else tuple(val.shape))
-    return val.dtype == wanted.dtype and shape == str(full_shape(node) if isinstance(value, Narrowed) else tuple(wanted.shape))
+    return val.dtype == wanted.dtype and shape == str(
+        full_shape(node) if isinstance(value, Narrowed) else tuple(wanted.shape)
+    )
 
 
 def _spread(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
@@ -167,9 +169,7 @@ def stack(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     return _joined(build, node, lifted, dim, [shape] * len(values))
 
 
-def _joined(
-    build: Build, node: fx.Node, values: list[Value], dim: int, shapes: list[tuple[int, ...]]
-) -> Value | None:
+def _joined(build: Build, node: fx.Node, values: list[Value], dim: int, shapes: list[tuple[int, ...]]) -> Value | None:
     wanted, wide = build.kept(node), full_shape(node)
     values = [_alike_elsewhere(build, v, values, dim, wanted) for v in values]
     pieces = [v.node if isinstance(v, Narrowed) else v for v in values if not isinstance(v, Constant)]

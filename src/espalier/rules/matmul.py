@@ -14,7 +14,8 @@ from espalier.rules.value import ZERO, Build, Kept, Narrowed, Value, full_shape,
 
 aten = torch.ops.aten
 PRODUCTS = (
-    aten.matmul.default, aten.mm.default, aten.bmm.default, aten.linear.default, aten.einsum.default, aten.addmm.default,
+    aten.matmul.default, aten.mm.default, aten.bmm.default, aten.linear.default, aten.einsum.default,
+    aten.addmm.default,
 )  # fmt: skip
 ATTENTION = aten.scaled_dot_product_attention.default
 
@@ -103,7 +104,9 @@ def attention_axes(coupling: Coupling, node: fx.Node, inputs: list[Labels]) -> L
     for dim in range(len(query) - 2):
         sizes = [coupling.shape(n)[dim] for n in sources[:3]]
         if sizes[0] != sizes[1]:
-            grouped = coupling.split(query[dim], (sizes[1], sizes[0] // sizes[1]), f"query heads of {coupling.at(node)}")
+            grouped = coupling.split(
+                query[dim], (sizes[1], sizes[0] // sizes[1]), f"query heads of {coupling.at(node)}"
+            )
             coupling.heads(query[dim])
             coupling.heads(key[dim])
             _meet(coupling, node, grouped[0], key[dim])

@@ -45,7 +45,9 @@ def group_axes(coupling: Coupling, node: fx.Node, inputs: list[Labels]) -> Label
     labels, groups = inputs[0], coupling.module(node).num_groups
     coupling.fix(labels[2:], f"{coupling.at(node)} averages over it")
     if labels[1] is not None:
-        coupling.split(labels[1], (groups, len(labels[1]) // groups), f"the groups of {coupling.at(node)} have one width")
+        coupling.split(
+            labels[1], (groups, len(labels[1]) // groups), f"the groups of {coupling.at(node)} have one width"
+        )
     coupling.statistic(node, 1)
     return _affine(coupling, node, [labels[0], labels[1], *[None] * (len(labels) - 2)], 1)
 

@@ -15,11 +15,12 @@ SUMS = (aten.sum.dim_IntList, aten.sum.default)
 MEANS = (aten.mean.dim, aten.mean.default)
 SPREADS = (aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim, aten.var_mean.correction)
 OTHERS = (
-    aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default, aten.logsumexp.default, aten.argmax.default,
-    aten.argmin.default, aten.any.dim, aten.all.dim, aten.prod.dim_int, aten.norm.ScalarOpt_dim,
+    aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default, aten.logsumexp.default,
+    aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim, aten.prod.dim_int, aten.norm.ScalarOpt_dim,
 )  # fmt: skip
 SOFTMAX = (
-    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten._safe_softmax.default,
+    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default,
+    aten._safe_softmax.default,
 )  # fmt: skip
 
 

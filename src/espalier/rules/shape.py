@@ -21,8 +21,8 @@ aten = torch.ops.aten
 
 SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
 SPLITS = (
-    aten.split.Tensor, aten.split.default, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections,
-    aten.unbind.int, aten.split.sizes, aten.tensor_split.indices,
+    aten.split.Tensor, aten.split.default, aten.split_with_sizes.default, aten.chunk.default,
+    aten.tensor_split.sections, aten.tensor_split.indices, aten.split.sizes, aten.unbind.int,
 )  # fmt: skip
 MOVES = (
     *SIZED, aten.unflatten.int, aten.flatten.using_ints, aten.permute.default, aten.transpose.int, aten.t.default,
@@ -30,7 +30,8 @@ MOVES = (
     aten.movedim.intlist, aten.swapaxes.default, aten.slice.Tensor, aten.select.int, aten.narrow.default,
     aten.roll.default, aten.flip.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
     aten.repeat.default, aten.repeat_interleave.self_int, aten.expand_as.default, aten.view_as.default,
-    aten.channel_shuffle.default, aten.unfold.default, aten.tile.default, aten.numpy_T.default, aten.mT.default,
+    aten.reshape_as.default, aten.channel_shuffle.default, aten.unfold.default, aten.tile.default,
+    aten.numpy_T.default, aten.mT.default,
     nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
 )  # fmt: skip
 
@@ -199,11 +200,15 @@ def _does(build: Build, node: fx.Node, args: list[Any] | None, value: Narrowed, 
         else:
             own, kwargs = _evaluable(node)
             if args is not None:
-                own = list(fx.map_arg(args, lambda n: hint(n.meta.get("val"))))
+                own = list(fx.map_arg(args, _number))
             made = node.target(box, *own, **kwargs)  # type: ignore[operator]
     except (RuntimeError, IndexError, ValueError):
         return False
     return torch.equal(made, target)
+
+
+def _number(node: fx.Node) -> Any:
+    return hint(node.meta.get("val"))
 
 
 def _with_nodes(args: Sequence[Any], copied: Sequence[Any]) -> list[Any]:
@@ -213,7 +218,8 @@ def _with_nodes(args: Sequence[Any], copied: Sequence[Any]) -> list[Any]:
         if isinstance(mine, fx.Node):
             result.append(theirs)
         elif isinstance(mine, list):
-            result.append([t if isinstance(m, fx.Node) else m for m, t in zip(mine, theirs, strict=True)])
+            pairs = zip(mine, theirs or [], strict=True)
+            result.append([t if isinstance(m, fx.Node) else m for m, t in pairs])
         else:
             result.append(mine)
     return result
@@ -227,7 +233,8 @@ def _picked(build: Build, node: fx.Node, value: Narrowed, kept: Kept, full: Tens
     if not target.shape[dim]:
         return None
     stride = labelled(value.shape).stride(dim)
-    order = torch.searchsorted(value.kept[dim], (target.select(dim, 0) * 0).new_zeros(()) + _line(target, dim) // stride % value.shape[dim])
+    old = _line(target, dim) // stride % value.shape[dim]
+    order = torch.searchsorted(value.kept[dim], old)
     box = labelled(value.shape).index_select(dim, value.kept[dim])
     if int(order.max()) >= box.shape[dim] or not torch.equal(box.index_select(dim, order), target):
         return None

@@ -6,6 +6,7 @@ from torch import fx
 from espalier.graph.axes import Axes, Labels
 from espalier.graph.segments import SegmentGraph
 from espalier.graph.trace import Trace
+from espalier.rules import Kept
 from espalier.space.cost import Cost
 from espalier.space.narrowing import Narrowing
 from espalier.space.summary import macs_per_node
@@ -22,9 +23,7 @@ class CostModel:
         self.graph, self.axes = graph, axes
         self.sizes = {name: tuple(p.shape) for name, p in trace.model.named_parameters()}
         canonical: dict[int, str] = {}
-        names = {
-            n: canonical.setdefault(id(p), n) for n, p in trace.model.named_parameters(remove_duplicate=False)
-        }
+        names = {n: canonical.setdefault(id(p), n) for n, p in trace.model.named_parameters(remove_duplicate=False)}
         macs = macs_per_node(trace)
         self.work: list[list[tuple[int, str | fx.Node]]] = []
         for segment in graph:
@@ -66,7 +65,7 @@ class _Shares:
             return 1.0
         return self._share(self.axes.labels[row], self.narrowing.of(row))
 
-    def _share(self, labels: Labels, kept: dict) -> float:
+    def _share(self, labels: Labels, kept: Kept) -> float:
         share = 1.0
         for dim, index in kept.items():
             axis = labels[dim]

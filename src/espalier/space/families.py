@@ -1,4 +1,4 @@
-"""Families of channels, heads and kernels, from the coupled axes: one index map per parameter, no object per channel."""
+"""Families of channels, heads and kernels: one index map per parameter, no object per channel."""
 
 from collections.abc import Collection, Mapping, Sequence
 

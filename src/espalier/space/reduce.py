@@ -23,7 +23,7 @@ from espalier.graph.module import graph_module
 from espalier.graph.segments import DataFlow, SegmentGraph
 from espalier.graph.trace import Trace, root_for
 from espalier.rules import RULES, Kept, Narrowed, Value
-from espalier.rules.value import full_shape, tensors_of, within
+from espalier.rules.value import tensors_of, within
 from espalier.space.narrowing import Narrowing
 
 aten = torch.ops.aten
@@ -229,7 +229,11 @@ class _Builder:
     def _passes(self, node: fx.Node) -> bool:
         """Whether the coupling took the layer for one that does nothing in eval mode."""
         labels, (source,) = self.narrowing.axes.labels.get(node), node.all_input_nodes
-        return labels is not None and any(a is not None for a in labels) and self.kept(node).keys() == self.kept(source).keys()
+        return (
+            labels is not None
+            and any(a is not None for a in labels)
+            and self.kept(node).keys() == self.kept(source).keys()
+        )
 
     def put_back(self, value: Narrowed) -> fx.Node:
         """The whole tensor: what is still computed and the constants, in the old order."""

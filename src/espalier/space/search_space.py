@@ -1,6 +1,5 @@
 """The search space of a model: every structure that may go, and what makes a removal valid."""
 
-import copy
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import nn
 from espalier.errors import InvalidSolution, SpaceError
 from espalier.graph.axes import Axes, coupled_axes
 from espalier.graph.constants import Constant, constant_output
+from espalier.graph.scaled import scaled
 from espalier.graph.segments import SegmentGraph, aten, segment_graph
 from espalier.graph.trace import Trace, trace
 from espalier.space.budget import Budget, meet
@@ -204,9 +204,7 @@ class SearchSpace:
     def reduced(self, removed: Iterable[str], model: nn.Module) -> Reduced:
         """The trace without these structures over the layers of ``model``, a copy with the removed slices at zero."""
         names = list(removed)
-        return reduced(
-            self.trace, self.graph, self.segments_of(names), self.constant, model, self.narrowing(names)
-        )
+        return reduced(self.trace, self.graph, self.segments_of(names), self.constant, model, self.narrowing(names))
 
     def cost(self, removed: Iterable[str] = ()) -> Cost:
         """Parameters and MACs of the sub-network without these structures, as ``construct`` would build it.
@@ -255,6 +253,7 @@ def search_space(
     kwargs: Mapping[str, Any] | None = None,
     levels: Sequence[str] = ("segment",),
     keep: Sequence[Keep] = (),
+    parameterless: bool = False,
 ) -> SearchSpace:
     """Find every structure that may be removed from ``model`` (Algorithm 2 of ASGSSD).
 
@@ -273,8 +272,20 @@ def search_space(
 
     ``args`` and ``kwargs`` are example inputs. ``levels``: any of "segment", "channel" (filters, neurons, embedding
     widths), "head" (of attention) and "kernel" (one k × k slice of a convolution, masked rather than removed), in
-    one space. ``keep`` protects modules: a dotted path
-    (with all below it), a module type, or a predicate of (path, module).
+    one space. ``keep`` protects modules: a dotted path (with all below it), a module type, or a predicate of
+    (path, module).
+
+    ``parameterless=True`` makes skips, pools and identities removable too, which the paper cannot: each gets one
+    trainable scalar, at first 1, that multiplies its output. ``space.model`` is then a module of its own, an
+    ``fx.GraphModule`` that computes what ``model`` does and shares its parameters, with the scalars beside them
+    (``scalars.<name>``): train that one. ``construct`` removes a zero scalar's structure, lets a scalar of 1
+    vanish and folds any other into a linear layer before or after it; where there is none it stays, as one
+    parameter of the sub-network. The cost counts every scalar that is kept, so that it is an upper bound.
+    A scalar is far larger than a weight: ``saliency="balanced"`` ranks both kinds apart, or skips hardly ever go.
+
+    >>> space = search_space(Net(), (torch.randn(3, 4),), parameterless=True)
+    >>> [s.name for s in space.structures]
+    ['a', 'b']
 
     Raises :class:`TraceError` if the model cannot be traced, :class:`SpaceError` for an unknown level or a
     ``keep`` that matches nothing.
@@ -286,16 +297,21 @@ def search_space(
     traced = trace(model, args, kwargs)
     graph = segment_graph(traced)
     paths = _protected(model, keep)
+    refused: Mapping[str, str] = {}
+    if parameterless:
+        made = scaled(traced, graph, paths)
+        traced, graph, refused = made.trace, made.graph, made.refused
     families, kept = segment_families(traced, graph, paths)
+    kept.update(refused)
     if "segment" not in levels:
         families = []
     axes, names = NO_AXES, {f.name for f in families}
     held = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in paths}
     if {"channel", "head"} & set(levels):
         axes = coupled_axes(traced, held)
-        families += axis_families(axes, model, levels, names)
+        families += axis_families(axes, traced.model, levels, names)
     if "kernel" in levels:
-        families += kernel_families(model, held, {f.name for f in families})
+        families += kernel_families(traced.model, held, {f.name for f in families})
     return SearchSpace(traced, graph, families, kept, axes)
 
 
