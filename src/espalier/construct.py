@@ -32,10 +32,11 @@ def construct(space: SearchSpace, solution: Solution) -> nn.Module:
     layers. Raises :class:`InvalidSolution` if the solution is of another space or not valid.
     """
     space.check(solution)
-    narrowing = space.narrowing(solution.removed)
-    model = space.zero_parameters(solution) if solution.masks or narrowing else copy.deepcopy(space.model)
     scalars = space.trace.scalars
-    if not solution.removed and not scalars:
+    levels = {space.families[k].level for k in space.removed_of(solution.removed)}
+    masked = solution.masks or levels - {"segment"}
+    model = space.zero_parameters(solution) if masked else copy.deepcopy(space.model)
+    if levels <= {"kernel"} and not scalars:
         return model
     lifted = space.reduced(solution.removed, model)
     _out_of_place(lifted.module)

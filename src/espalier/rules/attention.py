@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from espalier.graph.axes import Coupling, Labels, couples
+from espalier.graph.constants import Constant
 from espalier.graph.lift import is_tensor
 from espalier.rules.value import ZERO, Build, Narrowed, Value, rule, tensors_of
 
@@ -85,16 +86,14 @@ def attention(build: Build, node: fx.Node, values: list[Value]) -> Any:
     fits = all(isinstance(v, fx.Node) or (isinstance(v, Narrowed) and set(v.kept) == {last}) for v in values[:3])
     if build.shared(node) or last != 2 or not fits or layer.bias_k is not None or layer.add_zero_attn:
         return None
-    if any(isinstance(v, Narrowed) and not v.background.is_zero for v in values[:3]):
-        return None
+    values = [build.put_back(v) if _holds_constants(v) else v for v in values]
     mask, known = _mask(build, node, values)
     if not known:
         return None
     kept_out = build.kept_of(node, "out_proj.weight")
     columns = kept_out.get(1, torch.arange(layer.embed_dim))
     heads = len(columns) // layer.head_dim
-    sources = [v.node if isinstance(v, Narrowed) else v for v in values[:3]]
-    rows = [_project(build, node, layer, k, v, columns) for k, v in enumerate(sources)]  # type: ignore[arg-type]
+    rows = [_project(build, node, layer, k, values[k], columns) for k in range(3)]
     if not layer.batch_first:
         rows = [build.call(aten.transpose.int, r, 0, 1) for r in rows]
     split = [build.call(aten.unflatten.int, r, 2, [heads, layer.head_dim]) for r in rows]
@@ -115,14 +114,19 @@ def attention(build: Build, node: fx.Node, values: list[Value]) -> Any:
     return [made] if several else made
 
 
+def _holds_constants(value: Value) -> bool:
+    return isinstance(value, Narrowed) and not value.background.is_zero
+
+
 def _project(
-    build: Build, node: fx.Node, layer: nn.MultiheadAttention, k: int, source: fx.Node, columns: torch.Tensor
+    build: Build, node: fx.Node, layer: nn.MultiheadAttention, k: int, value: Value, columns: torch.Tensor
 ) -> fx.Node:
     """One of the three projections, of the heads that are left."""
     name = "in_proj_weight" if layer.in_proj_weight is not None else PROJECTIONS[k]
-    kept = build.kept_of(node, name)
     rows = columns + (k * layer.embed_dim if layer.in_proj_weight is not None else 0)
-    weight = build.slice(node, name, {0: rows, **({1: kept[1]} if 1 in kept else {})})
+    assert not isinstance(value, Constant)
+    source, read = (value.node, value.kept) if isinstance(value, Narrowed) else (value, {})
+    weight = build.slice(node, name, {0: rows} | ({1: read[2]} if read else {}))
     bias = None
     if layer.in_proj_bias is not None:
         bias = build.slice(node, "in_proj_bias", {0: columns + k * layer.embed_dim})

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from espalier.graph.axes import Coupling, Labels, couples
 from espalier.graph.constants import Constant
 from espalier.graph.module import shallow
+from espalier.rules.norm import uniform_along
 from espalier.rules.value import ZERO, Build, Kept, Narrowed, Value, both, evaluated, full_shape, part, rule, within
 
 aten = torch.ops.aten
@@ -94,7 +95,7 @@ def conv(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     if isinstance(value, Narrowed) and set(value.kept) != {at}:
         return None
     padded = layer.padding_mode == "zeros" and (isinstance(layer.padding, str) or any(layer.padding))
-    if isinstance(value, Narrowed) and not value.background.is_zero and (padded or not _uniform(value, at)):
+    if isinstance(value, Narrowed) and not value.background.is_zero and (padded or not uniform_along(value, at)):
         value = build.widen(value, at)
     if layer.groups == 1:
         return _dense(build, node, layer, value, at)
@@ -307,12 +308,3 @@ def _set_widths(layer: Any) -> None:
         layer.out_features, layer.in_features = layer.weight.shape
     else:
         layer.out_channels, layer.in_channels = layer.weight.shape[:2]
-
-
-def _uniform(value: Narrowed, at: int) -> bool:
-    """Whether the background varies along axis ``at`` alone."""
-    for tensor in (value.background.evaluated, value.background.trained):
-        axis = at - (len(value.shape) - tensor.ndim)
-        if tensor.numel() != (tensor.shape[axis] if axis >= 0 and tensor.ndim else 1):
-            return False
-    return True

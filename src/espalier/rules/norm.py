@@ -85,8 +85,29 @@ def per_channel(build: Build, node: fx.Node, values: list[Value]) -> Value | Non
     for name in ("running_mean", "running_var"):
         if getattr(layer, name) is not None:
             setattr(narrow, name, getattr(layer, name)[kept.to(getattr(layer, name).device)].clone())
-    background = _channels_alone(layer, value)
+    if uniform_along(value, 1):
+        background = _channels_alone(layer, value)
+    elif _silent(layer, value.gone(1)):
+        background = ZERO
+    else:
+        return build.copy(node, [build.put_back(value)])
     return Narrowed(build.install(node, narrow, value.node), {1: kept}, value.shape, background)
+
+
+def uniform_along(value: Narrowed, at: int) -> bool:
+    """Whether the background varies along axis ``at`` alone."""
+    for tensor in (value.background.evaluated, value.background.trained):
+        axis = at - (len(value.shape) - tensor.ndim)
+        if tensor.numel() != (tensor.shape[axis] if axis >= 0 and tensor.ndim else 1):
+            return False
+    return True
+
+
+def _silent(layer: Any, channels: Tensor) -> bool:
+    """Whether scale and shift of these channels are zero, so that they yield zeros whatever comes in."""
+    own = type(layer).forward.__module__.startswith("torch.nn.modules") and layer.weight is not None
+    tensors = [t for t in (layer.weight, layer.bias) if t is not None]
+    return own and all(not t[channels.to(t.device)].any() for t in tensors)
 
 
 def _channels_alone(layer: Any, value: Narrowed) -> Constant:

@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from espalier.graph.axes import Coupling, Labels, couples
 from espalier.graph.constants import Constant
+from espalier.rules.norm import uniform_along
 from espalier.rules.value import Build, Narrowed, Value, full_shape, rule
 
 aten = torch.ops.aten
@@ -86,16 +87,11 @@ def pool(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     if not isinstance(value, Narrowed) or set(value.kept) != {1} or any(isinstance(v, Constant) for v in values):
         return None
     uniform = isinstance(node.target, str) and _keeps_constants(build.module(node))
-    if not value.background.is_zero and not (uniform and _is_uniform(value)):
+    if not value.background.is_zero and not (uniform and uniform_along(value, 1)):
         return None
     shape = (*value.shape[:2], *full_shape(node)[2:])
     new = build.copy(node, [value.node, *[v for v in values[1:] if isinstance(v, fx.Node)]])
     return Narrowed(new, value.kept, shape, value.background)
-
-
-def _is_uniform(value: Narrowed) -> bool:
-    tensors = (value.background.evaluated, value.background.trained)
-    return all(t.ndim == 0 or t.numel() == t.shape[1 - (len(value.shape) - t.ndim)] for t in tensors)
 
 
 def _keeps_constants(layer: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """Families of channels, heads and kernels: one index map per parameter, no object per channel."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -85,14 +85,14 @@ def kernel_families(model: nn.Module, protected: Collection[str], taken: Collect
     return [f for f in families if f.name not in taken]
 
 
-def kept_axes(axes: Axes, sizes: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], str]:
-    """Why the axes of parameters that no structure narrows stay: (parameter, axis) → reason."""
+def kept_axes(axes: Axes) -> dict[tuple[str, int], str]:
+    """Why axes of parameters stay whole: (parameter, axis) → reason; the axes of windows aside."""
     found: dict[tuple[str, int], str] = {}
     for name, labels in axes.parameters.items():
         for dim, axis in enumerate(labels):
             if axis is None:
                 continue
             reasons = [axes.reasons[c] for c in np.unique(axis).tolist() if c in axes.reasons]
-            if reasons:
+            if reasons and "moves a window" not in reasons[0]:
                 found[name, dim] = reasons[0]
     return found

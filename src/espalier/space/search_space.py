@@ -228,6 +228,15 @@ class SearchSpace:
     def _cost_model(self) -> CostModel:
         return CostModel(self.trace, self.graph, self.axes)
 
+    def macs_by_weight(self) -> dict[str, int]:
+        """Multiply-accumulates of every layer, by the name of its weight."""
+        found: dict[str, int] = {}
+        for rows in self._cost_model.work:
+            for amount, weight in rows:
+                if isinstance(weight, str):
+                    found[weight] = found.get(weight, 0) + amount
+        return found
+
     def sample(self, budget: Budget, generator: torch.Generator | None = None) -> Solution:
         """A random valid solution within the budget: structures go in random order until it is met."""
         order = torch.randperm(len(self), generator=generator).tolist()

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from espalier.graph.constants import shape_of
 from espalier.graph.trace import Trace
+from espalier.space.families import kept_axes
 
 if TYPE_CHECKING:
     from espalier.space.search_space import SearchSpace
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One structure, or one segment that stays; ``params`` and ``macs`` (per example) are its own."""
+    """One family (its number of structures behind its name), or one segment or axis of a parameter that stays.
+
+    ``params`` and ``macs`` (per example) are its own; those of an axis are its parameter's.
+    """
 
     name: str
     level: str
@@ -52,11 +56,22 @@ def summarize(space: "SearchSpace") -> Summary:
     """See :meth:`SearchSpace.summary`."""
     macs = macs_per_node(space.trace)
     sizes = {name: p.numel() for name, p in space.model.named_parameters()}
+    by_weight = space.macs_by_weight()
     rows = []
-    for structure in space.structures:
-        nodes = [n for i in structure.segments for n in space.graph[i].nodes]
-        own = sum(sizes[p] for p in structure.parameters)
-        rows.append(Row(structure.name, structure.level, own, sum(macs.get(n, 0) for n in nodes), True, ""))
+    for family in space.families:
+        if family.level == "segment":
+            nodes = [n for i in family.segments for n in space.graph[i].nodes]
+            work = sum(macs.get(n, 0) for n in nodes)
+            rows.append(Row(family.name, "segment", sum(sizes[p] for p in family.parameters), work, True, ""))
+            continue
+        shares = [
+            (s.parameter, 1.0 if s.owner is None else float((s.owner >= 0).float().mean())) for s in family.slices
+        ]
+        own = sum(round(sizes[name] * share) for name, share in shares)
+        work = sum(round(by_weight.get(name, 0) * share) for name, share in shares)
+        rows.append(Row(f"{family.name} ({len(family)})", family.level, own, work, True, ""))
+    for (name, dim), reason in kept_axes(space.axes).items():
+        rows.append(Row(f"{name}, axis {dim}", "axis", sizes[name], by_weight.get(name, 0), False, reason))
     for segment in space.graph:
         if segment.name in space.kept:
             own = sum(sizes[p] for p in segment.parameters)
