@@ -73,7 +73,7 @@ class Tokens(nn.Module):
         self.up, self.gate, self.down = nn.Linear(width, 6), nn.Linear(width, 6), nn.Linear(6, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
+        b, _, h, w = x.shape
         x = x.flatten(2).transpose(1, 2)
         y = self.qkv(self.norm(x))
         wide = self.heads * self.size
@@ -98,7 +98,7 @@ class Multihead(nn.Module):
         self.batch_first = batch_first
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
+        b, _, h, w = x.shape
         y = x.flatten(2).permute(0, 2, 1) if self.batch_first else x.flatten(2).permute(2, 0, 1)
         y, _ = self.attention(y, y, y, need_weights=False)
         y = y.permute(0, 2, 1) if self.batch_first else y.permute(1, 2, 0)
@@ -126,7 +126,7 @@ class Mixer(nn.Module):
         self.up, self.down = nn.Linear(positions, 5), nn.Linear(5, positions)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
+        b, _, h, w = x.shape
         y = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).flatten(2)
         return x + self.down(F.gelu(self.up(y))).view(b, -1, h, w)
 

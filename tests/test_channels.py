@@ -10,7 +10,6 @@ from random_channels import RandomChannels
 from torch import Tensor, nn
 
 import espalier
-from espalier.errors import InvalidSolution
 
 PARTS = 8
 NETWORKS = int(os.environ.get("ESPALIER_NETWORKS", "160"))

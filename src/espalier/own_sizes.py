@@ -80,8 +80,12 @@ def _resize(whole: nn.Module, path: str, old: int, new: int) -> None:
     if type(module).__module__.startswith("torch.nn.modules"):
         return
     for name, value in list(vars(module).items()):
-        if type(value) is int and value == old and not name.startswith("_"):
+        if name.startswith("_"):
+            continue
+        if type(value) is int and value == old:
             setattr(module, name, new)
+        elif type(value) is tuple and old in value and all(type(v) is int for v in value):
+            setattr(module, name, tuple(new if v == old else v for v in value))
 
 
 def with_own_tree(model: nn.Module) -> nn.Module:
