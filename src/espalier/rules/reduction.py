@@ -144,18 +144,20 @@ def _constants_sum(value: Narrowed, dims: set[int], keep: bool) -> Any:
     ndim = len(value.shape)
     others = {d: k for d, k in value.kept.items() if d not in dims}
     constants = within(value.background, others, ndim)
-    sizes = [len(others[d]) if d in others else n for d, n in enumerate(value.shape)]
-    inside = torch.ones(sizes, dtype=torch.bool)
+    inside = torch.ones((), dtype=torch.bool)
     for d in dims:
+        mask = torch.ones(value.shape[d], dtype=torch.bool)
         if d in value.kept:
-            mask = torch.zeros(sizes[d], dtype=torch.bool)
+            mask[:] = False
             mask[value.kept[d]] = True
-            shape = [1] * ndim
-            shape[d] = -1
-            inside &= mask.view(shape)
+        shape = [1] * ndim
+        shape[d] = -1
+        inside = inside & mask.view(shape)
 
     def total(tensor: Tensor) -> Tensor:
-        return tensor.expand(sizes).masked_fill(inside.to(tensor.device), 0.0).sum(sorted(dims), keepdim=keep)
+        tensor = tensor.reshape((1,) * (ndim - tensor.ndim) + tuple(tensor.shape))
+        tensor = tensor.expand(*[value.shape[d] if d in dims else n for d, n in enumerate(tensor.shape)])
+        return tensor.masked_fill(inside.to(tensor.device), 0.0).sum(sorted(dims), keepdim=keep)
 
     return both(constants, total)
 
