@@ -281,8 +281,9 @@ class Coupling:
             if is_known_layer(module):
                 return next((COUPLES[c] for c in type(module).__mro__ if c in COUPLES), None)
             return COUPLES[nn.Dropout] if _drops(module, node) else None
-        if node.target in COUPLES:
-            return COUPLES[node.target]
+        for key in (node.target, str(node.target)):
+            if key in COUPLES:
+                return COUPLES[key]
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         return COUPLES[torch.Tag.pointwise] if pointwise else None
 

@@ -17,6 +17,8 @@ PRODUCTS = (
     aten.matmul.default, aten.mm.default, aten.bmm.default, aten.linear.default, aten.einsum.default,
     aten.addmm.default,
 )  # fmt: skip
+# Tokens sorted by expert times a stack of matrices; operators of other libraries go by name.
+BY_EXPERT = (aten._grouped_mm.default, "transformers.grouped_mm_fallback.default")
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
@@ -29,6 +31,8 @@ def _letters(node: fx.Node, ranks: Sequence[int]) -> tuple[list[str], str] | Non
         left, right = equation.split("->")
         terms = left.split(",")
         return (terms, right) if all(len(set(t)) == len(t) for t in terms) else None
+    if _by_expert(node):
+        return (["tk", "ekn", "o"][: len(ranks)], "tn") if list(ranks[:2]) == [2, 3] else None
     if node.target is aten.linear.default:
         lead = "abcdefgh"[: ranks[0] - 1]
         return [lead + "k", "nk", *(["n"] if len(ranks) > 2 else [])], lead + "n"
@@ -39,6 +43,10 @@ def _letters(node: fx.Node, ranks: Sequence[int]) -> tuple[list[str], str] | Non
         return None
     lead = "abcdefgh"[: max(a, b) - 2]
     return [lead[len(lead) - (a - 2) :] + "mk", lead[len(lead) - (b - 2) :] + "kn"], lead + "mn"
+
+
+def _by_expert(node: fx.Node) -> bool:
+    return node.target in BY_EXPERT or str(node.target) in BY_EXPERT
 
 
 def _from_data(coupling: Coupling, node: fx.Node) -> bool:
@@ -54,7 +62,7 @@ def _from_data(coupling: Coupling, node: fx.Node) -> bool:
     return False
 
 
-@couples(*PRODUCTS)
+@couples(*PRODUCTS, *BY_EXPERT)
 def product_axes(coupling: Coupling, node: fx.Node, inputs: list[Labels]) -> Labels | None:
     """Axes of one letter are one. Two activations contract over an axis that stays; their batch axes are heads."""
     sources = [n for n in tensors_of(node) if is_tensor(n)]
@@ -75,6 +83,9 @@ def product_axes(coupling: Coupling, node: fx.Node, inputs: list[Labels]) -> Lab
                 axes[letter] = coupling.join(axes[letter], axis, node)
             elif not known:
                 axes[letter] = axis
+    if _by_expert(node):
+        coupling.fix([axes.pop("e", None), axes.pop("t", None)], f"{coupling.at(node)} picks along it")
+        data = [True, *[False] * (len(data) - 1)]
     dynamic = sum(data) > 1
     for i, (term, labels) in enumerate(zip(terms, inputs, strict=True)):
         for letter, axis in zip(term, labels, strict=True):
@@ -128,7 +139,7 @@ def _meet(coupling: Coupling, node: fx.Node, a: Any, b: Any) -> None:
         coupling.join(a, b, node)
 
 
-@rule(*PRODUCTS)
+@rule(*PRODUCTS, *BY_EXPERT)
 def product(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     """On the boxes, where what is gone of either factor is zero."""
     sources = [n for n in tensors_of(node) if is_tensor(n)]

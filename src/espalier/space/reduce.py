@@ -182,8 +182,9 @@ class _Builder:
     def _rule(self, node: fx.Node) -> Callable[..., Value | None] | None:
         if node.op == "call_module":
             return None if str(node.target) in self.layers_kept_whole else self._layer_rule(node)
-        if node.target in RULES:
-            return RULES[node.target]
+        for key in (node.target, str(node.target)):
+            if key in RULES:
+                return RULES[key]
         return RULES[torch.Tag.pointwise] if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None
 
     def _layer_rule(self, node: fx.Node) -> Callable[..., Value | None] | None:
