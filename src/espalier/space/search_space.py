@@ -112,7 +112,8 @@ class SearchSpace:
 
     def segments_of(self, removed: Iterable[str]) -> dict[int, str]:
         """Index of every segment that goes with these structures, and the structure's name."""
-        return {segment: name for name in removed for segment in self[name].segments}
+        gone = [self.families[k] for k in self.removed_of(removed)]
+        return {segment: family.name for family in gone for segment in family.segments}
 
     def removed_of(self, removed: Iterable[str]) -> dict[int, torch.Tensor]:
         """Family (its index in ``families``) → positions in it, ascending, of these structures."""
