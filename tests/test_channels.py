@@ -3,6 +3,8 @@
 import copy
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -254,3 +256,30 @@ def test_movements_against_a_plain_loop(shape: list[int], seed: int) -> None:
         varies = {q for q in range(move.source.ndim)
                   if (coordinates[dim] != coordinates[dim].narrow(q, 0, 1)).any()}  # fmt: skip
         assert lines is None or set(lines) == varies
+
+
+@pytest.mark.parametrize("seed", [3, 5, 11])
+def test_onnx_of_a_narrowed_network(seed: int, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net, x = RandomChannels(seed).float().eval(), torch.randn(2, 3, 4, 4)
+    space = espalier.search_space(net, x, levels=("channel", "head"))
+    small = espalier.construct(space, space.sample(espalier.Budget(structures=0.5), torch.Generator().manual_seed(0)))
+    espalier.export_onnx(small, (x,), tmp_path / "small.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), small(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_narrowed_network_is_read_in_another_process(tmp_path: Path) -> None:
+    net, x = RandomChannels(3).eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    space = espalier.search_space(net, x, levels=("channel", "head"))
+    small = espalier.construct(space, space.sample(espalier.Budget(structures=0.5), torch.Generator().manual_seed(0)))
+    espalier.save(small, tmp_path / "small")
+    torch.save({"x": x, "y": small(x)}, tmp_path / "pair.pt")
+    code = (
+        "import sys, torch, espalier; from pathlib import Path; root = Path(sys.argv[1]);"
+        "pair = torch.load(root / 'pair.pt'); net = espalier.load(root / 'small').eval();"
+        "assert torch.equal(net(pair['x']), pair['y'])"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={**os.environ, "PYTHONPATH": path})
