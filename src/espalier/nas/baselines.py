@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from espalier.data import Batches
 from espalier.errors import SpaceError
 from espalier.nas.genotype import Genotype
-from espalier.nas.gs_nas import conclude, full_params, new_batches, new_supernet
+from espalier.nas.gs_nas import conclude, full_params, new_batches, new_supernet, operation_params
 from espalier.nas.loop import Folder, Line, advance, endless, own_device, rank, seed_step, world
 from espalier.nas.mixed import discretise, mix, strengths, strongest
 from espalier.nas.recipe import SearchRecipe
@@ -20,7 +20,7 @@ from espalier.nas.result import Found
 from espalier.nas.score import recalibrate, score
 from espalier.nas.space import CellSpace
 from espalier.nas.spaces import space
-from espalier.nas.supernet import alive_groups, cell_key, operation_groups, supernet_space
+from espalier.nas.supernet import alive_groups, operation_groups, supernet_space
 from espalier.nas.training import Training
 from espalier.space.budget import Budget
 from espalier.space.cost import count_macs
@@ -99,27 +99,13 @@ def _share(recipe: SearchRecipe, within: CellSpace, model: nn.Module) -> float:
     if not recipe.target_params:
         return 0.5
     full = full_params(within, recipe)
-    fixed = full - sum(_operation_params(within, recipe).values())
+    fixed = full - sum(operation_params(within, recipe).values())
     if recipe.target_params <= fixed:
         raise SpaceError(f"target_params={recipe.target_params:g}: without any operation there are {fixed:,} already.")
     kept = min(1.0, (recipe.target_params - fixed) / (full - fixed))
     own = sum(p.numel() for p in model.parameters())
     operations = float(operation_groups(model).size.sum())
     return (own - operations + kept * operations) / own
-
-
-def _operation_params(within: CellSpace, recipe: SearchRecipe) -> dict[str, int]:
-    """Parameters of every operation ("kind.edge.name") in the derived network, all its cells together."""
-    with torch.device("meta"):
-        cells = {k: within.edges(k) for k in within.kinds}
-        options = {"pool_norm": False} if within.stacking == "darts" else {}
-        network = within.network(cells, recipe.target_channels, recipe.target_cells, affine=True, **options)
-    size = dict.fromkeys(alive_groups(network), 0)
-    key = cell_key(network)
-    for name, parameter in network.named_parameters():
-        if ".edges." in name:
-            size[key(name)] += parameter.numel()
-    return size
 
 
 # DARTS.
@@ -271,7 +257,7 @@ def random_genotype(within: CellSpace, recipe: SearchRecipe, generator: torch.Ge
     if recipe.top:
         draw = torch.rand(len(choices), generator=generator).tolist()
         return strongest(within, {".".join(c): value for c, value in zip(choices, draw, strict=True)}, recipe.top)
-    size = _operation_params(within, recipe)
+    size = operation_params(within, recipe)
     left = (
         (recipe.target_params or 0.5 * full_params(within, recipe)) - full_params(within, recipe) + sum(size.values())
     )

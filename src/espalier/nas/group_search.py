@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Any
@@ -42,10 +42,21 @@ class GroupSettings:
     norms_every: int = 20
 
 
+@dataclass(frozen=True)
+class Limit:
+    """Where the penalty ends: ``fits(dead groups, longest first)`` returns those of them that are to go so that
+    what stays is within the target, or None while it is not.
+    """
+
+    fits: Callable[[list[str]], list[str] | None]
+
+
 class GroupSearch:
     """A stepper of :func:`espalier.nas.loop.advance`: ``steps`` steps over ``model``, which it changes.
 
-    ``removed`` are the groups taken out so far; :meth:`zero` names all that are dead.
+    ``removed`` are the groups taken out so far; :meth:`zero` names all that are dead. With a ``limit``, the
+    penalty ends as soon as what stays is within it: the dead operations leave for good, those that died last
+    stay if there is room, and the rest trains on without a penalty.
     """
 
     def __init__(
@@ -57,9 +68,11 @@ class GroupSearch:
         seed: int = 0,
         amp: bool = False,
         compiled: bool = False,
+        limit: Limit | None = None,
     ):
         self.model, self.batches, self.settings, self.steps, self.seed = model, batches, settings, steps, seed
-        self.amp, self.compiled = amp, compiled
+        self.amp, self.compiled, self.limit = amp, compiled, limit
+        self.ended_at = 0  # the step at which the penalty ended
         self.device = next(model.parameters()).device
         self.names = alive_groups(model)
         self.removed: list[str] = []
@@ -106,6 +119,7 @@ class GroupSearch:
         self._counts[0] += 1
         self._counts[1] += len(y)
         if s.drop_every and self.done % s.drop_every == 0 and self.done < self.steps:
+            self._end_penalty()
             self.drop()
         return self._line() if self.done % s.norms_every == 0 or self.done == self.steps else None
 
@@ -157,6 +171,18 @@ class GroupSearch:
             self._remove(gone)
         return gone
 
+    def _end_penalty(self) -> None:
+        if self.limit is None or self.ended_at:
+            return
+        dormant = dict(zip(self.opt.grouping.names, self.opt.dormant.tolist(), strict=True))
+        dead = [name for name in self.names if dormant.get(name, 0) >= self.settings.patience]
+        gone = self.limit.fits([*self.removed, *sorted(dead, key=lambda name: -dormant[name])])
+        if gone is None:
+            return
+        self._remove([name for name in gone if name not in self.removed])
+        self.opt.mu = 0.0
+        self.ended_at = self.done
+
     def _momentum_norms(self) -> dict[str, float]:
         norms = self.opt.runs.norm(self.opt.state_dict()["buffers"]["v"])[: len(self.opt.grouping)]
         return dict(zip(self.opt.grouping.names, norms.tolist(), strict=True))
@@ -181,6 +207,7 @@ class GroupSearch:
             "batches": self.batches.state_dict(),
             "sums": self._sums,
             "counts": list(self._counts),
+            "ended_at": self.ended_at,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -191,6 +218,7 @@ class GroupSearch:
         self._data = endless(self.batches)
         self._sums.copy_(state["sums"])
         self._counts = list(state["counts"])
+        self.ended_at = state["ended_at"]
 
     def start_from(self, state: Mapping[str, Any]) -> None:
         """Begin a new training, with its own μ, from the weights and momentum that another ended with."""

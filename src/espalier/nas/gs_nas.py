@@ -11,14 +11,14 @@ from torch import nn
 from espalier.data import Batches
 from espalier.errors import SpaceError
 from espalier.nas.genotype import Genotype
-from espalier.nas.group_search import GroupSearch
+from espalier.nas.group_search import GroupSearch, Limit
 from espalier.nas.loop import Folder, advance, own_device, rank, world
 from espalier.nas.recipe import SearchRecipe
 from espalier.nas.result import Found
 from espalier.nas.score import recalibrate, score
 from espalier.nas.space import CellSpace
 from espalier.nas.spaces import space
-from espalier.nas.supernet import alive_groups, genotype_of, take_out, zero_out
+from espalier.nas.supernet import alive_groups, cell_key, genotype_of, take_out, zero_out
 from espalier.sparsify.bisect import Bisection, Trial, bisect_mu
 
 
@@ -120,10 +120,12 @@ def _trial(
     if done is not None:
         return done
     batches = new_batches(recipe, device)
-    model = new_supernet(recipe, space(recipe.space), device)
+    within = space(recipe.space)
+    model = new_supernet(recipe, within, device)
     steps = max(1, round(len(batches) * (recipe.later if start else recipe.epochs)))
     settings = replace(recipe.groups, mu=mu)
-    search = GroupSearch(model, batches, settings, steps, recipe.seed, recipe.amp, recipe.compile)
+    limit = Limit(_Fits(recipe, within)) if recipe.target_params and recipe.end_penalty else None
+    search = GroupSearch(model, batches, settings, steps, recipe.seed, recipe.amp, recipe.compile, limit)
     notes = bound_notes(search)
     if start is not None:
         search.start_from(start)
@@ -134,12 +136,58 @@ def _trial(
         notes.append(
             f"zero is read off norms of at most {recipe.threshold:g}; by the proximal step {late} more groups are zero."
         )
+    if search.ended_at:
+        notes.append(f"the penalty ended at step {search.ended_at} of {steps}, with what stays within the target.")
     state = search.state_dict()
     seconds = sum(line["step_ms"] for line in folder.lines) * 1e-3 * recipe.groups.norms_every
     ended = {k: state[k] for k in ("removed", "model", "optimizer", "batches", "steps")}
     ended |= {"mu": mu, "alive": alive, "lines": folder.lines, "notes": notes, "seconds": [seconds]}
     folder.save("end.pt", ended)
     return ended
+
+
+class _Fits:
+    """Which dead groups go so that the derived network is within the target; no cell loses its last path."""
+
+    def __init__(self, recipe: SearchRecipe, within: CellSpace):
+        self.recipe, self.within = recipe, within
+        self.every = [".".join(choice) for choice in within.choices()]
+        self.size = operation_params(within, recipe)
+        self.fixed = full_params(within, recipe) - sum(self.size.values())
+
+    def __call__(self, dead: list[str]) -> list[str] | None:
+        left = self.fixed + sum(self.size.values())
+        if left - sum(self.size[name] for name in dead) > self.recipe.target_params:
+            return None
+        gone: list[str] = []
+        for name in dead:
+            if left <= self.recipe.target_params:
+                break
+            if self._works({*gone, name}):
+                gone.append(name)
+                left -= self.size[name]
+        return gone if left <= self.recipe.target_params else None
+
+    def _works(self, gone: set[str]) -> bool:
+        try:
+            genotype_of(self.within, [name for name in self.every if name not in gone])
+        except SpaceError:
+            return False
+        return True
+
+
+def operation_params(within: CellSpace, recipe: SearchRecipe) -> dict[str, int]:
+    """Parameters of every operation ("kind.edge.name") in the derived network, all its cells together."""
+    with torch.device("meta"):
+        cells = {k: within.edges(k) for k in within.kinds}
+        options = {"pool_norm": False} if within.stacking == "darts" else {}
+        network = within.network(cells, recipe.target_channels, recipe.target_cells, affine=True, **options)
+    size = dict.fromkeys(alive_groups(network), 0)
+    key = cell_key(network)
+    for name, parameter in network.named_parameters():
+        if ".edges." in name:
+            size[key(name)] += parameter.numel()
+    return size
 
 
 def bound_notes(search: GroupSearch) -> list[str]:

@@ -1,0 +1,108 @@
+"""Searches and the networks that they find, on real images, one JSON line per pair.
+
+    ESPALIER_DATA=... python -m espalier.nas.proof --out runs/nas [--spaces s2 s4 darts] [--ablation]
+
+Each pair lies in a folder of its own, goes on where it was stopped, and is not run again once it has ended.
+``--ablation`` settles what the normalisation of μ does: GS-NAS's default with each normalisation at the same
+target, and the published one on images whose labels mean nothing.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from espalier.nas.loop import Folder, Line
+from espalier.nas.recipe import SearchRecipe, search_recipe, train_recipe
+from espalier.nas.result import Found
+from espalier.nas.search import search
+from espalier.nas.train import train
+
+WITHOUT_WEIGHTS = ("skip", "noise", "max_pool_3x3", "avg_pool_3x3")
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--spaces", nargs="+", default=["s2", "s4", "darts"])
+    parser.add_argument("--methods", nargs="+", default=["gs-nas:paper", "gs-nas", "darts", "random", "h2spg"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--scale", default="short")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/nas"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for recipe, label in _ablation(args) if args.ablation else _recipes(args):
+        one(recipe, label, args.out)
+
+
+def _recipes(args: argparse.Namespace) -> Iterator[tuple[SearchRecipe, str]]:
+    for seed in args.seeds:
+        for space in args.spaces:
+            for entry in args.methods:
+                method, _, preset = entry.partition(":")
+                changes = {"seed": seed, "device": args.device}
+                recipe = search_recipe(space, method, preset or "default", args.scale, **changes)
+                yield recipe, recipe.name
+
+
+def _ablation(args: argparse.Namespace) -> Iterator[tuple[SearchRecipe, str]]:
+    for seed in args.seeds:
+        for space in args.spaces:
+            for normalize, mu in (("div", 6.0), ("none", 0.3), ("mul", 0.01)):
+                recipe = search_recipe(space, scale=args.scale, seed=seed, device=args.device)
+                recipe = replace(recipe, groups=replace(recipe.groups, normalize=normalize, mu=mu))
+                yield recipe, f"{space}-gs-nas-default-{normalize}-{seed}"
+
+
+def one(recipe: SearchRecipe, label: str, out: Path) -> None:
+    """Search, train what was found, and write a line."""
+    file = out / label / "line.json"
+    if not file.exists():
+        found = search(recipe, Folder(out / label / "search", _tell))
+        own = train_recipe(recipe.scale, recipe.images.data, recipe.space, seed=recipe.seed, device=recipe.device)
+        trained = train(found.genotype, own, Folder(out / label / "train", _tell))
+        file.write_text(json.dumps(line_of(recipe, label, found, trained)) + "\n")
+        print(file.read_text(), end="", flush=True)
+    lines = sorted(out.glob("*/line.json"))
+    (out / "results.jsonl").write_text("".join(p.read_text() for p in lines))
+
+
+def line_of(recipe: SearchRecipe, label: str, found: Found, trained: dict[str, Any]) -> dict[str, Any]:
+    """What the table of results holds."""
+    operations = found.genotype.operations()
+    weightless = sum(name in WITHOUT_WEIGHTS for _, _, name in operations)
+    possible = {"darts": (84, 196), "s2": (28, 56), "s4": (28, 56)}.get(recipe.space)
+    return {
+        "label": label,
+        "space": recipe.space,
+        "method": recipe.method,
+        "preset": recipe.preset,
+        "normalize": recipe.groups.normalize,
+        "seed": recipe.seed,
+        "operations": len(operations),
+        "without weights": weightless,
+        "of possible": possible,
+        "params at target": found.params,
+        **{key: round(value, 3) for key, value in found.scores.items()},
+        **{f"search {key}": value for key, value in found.cost.items()},
+        "derived params": trained["params"],
+        "test accuracy": trained["test accuracy"],
+        "train wall_s": trained["wall_s"],
+        "notes": list(found.notes),
+        "genotype": found.genotype.to_json()["cells"],
+    }
+
+
+def _tell(line: Line) -> None:
+    if "trial" in line or "candidate" in line or line.get("step", 1) % 50 == 0:
+        print({k: v for k, v in line.items() if k != "norms"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
