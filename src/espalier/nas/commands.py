@@ -189,7 +189,7 @@ def _show(command: Show, console: Console) -> None:
 
 def _teller(console: Console):
     def tell(line: Line) -> None:
-        shown = {key: value for key, value in line.items() if key != "norms"}
+        shown = {key: value for key, value in line.items() if key not in ("norms", "dead")}
         console.print(json.dumps(shown), markup=False, soft_wrap=True)
 
     return tell

@@ -13,7 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from espalier.data import Batches
 from espalier.nas.loop import Line, endless, rank, seed_step, wrapped
-from espalier.nas.supernet import alive_groups, clip_scalars, operation_groups, stays_dead, take_out
+from espalier.nas.supernet import clip_scalars, operation_groups, stays_dead, take_out
+from espalier.space.search_space import SearchSpace
+from espalier.sparsify.grouping import Grouping, space_groups
 from espalier.sparsify.proxsgd import ProxSGD
 
 
@@ -54,6 +56,9 @@ class Limit:
 class GroupSearch:
     """A stepper of :func:`espalier.nas.loop.advance`: ``steps`` steps over ``model``, which it changes.
 
+    ``model`` is a supernet of cells, or any model with its ``space``, whose structures are tied into one group
+    where they have the same ``key(name)``; of such a model nothing is taken out while it trains.
+
     ``removed`` are the groups taken out so far; :meth:`zero` names all that are dead. With a ``limit``, the
     penalty ends as soon as what stays is within it: the dead operations leave for good, those that died last
     stay if there is room, and the rest trains on without a penalty.
@@ -69,12 +74,15 @@ class GroupSearch:
         amp: bool = False,
         compiled: bool = False,
         limit: Limit | None = None,
+        space: SearchSpace | None = None,
+        key: Callable[[str], str] | None = None,
     ):
         self.model, self.batches, self.settings, self.steps, self.seed = model, batches, settings, steps, seed
         self.amp, self.compiled, self.limit = amp, compiled, limit
         self.ended_at = 0  # the step at which the penalty ended
         self.device = next(model.parameters()).device
-        self.names = alive_groups(model)
+        self.space, self.key = space, key
+        self.names = list(self._grouping().names)
         self.removed: list[str] = []
         self.done = 0
         self._optimizer({"mu": settings.mu})
@@ -83,16 +91,17 @@ class GroupSearch:
         self._counts = [0, 0]  # steps and images since the last line
         self._since = time.perf_counter()
 
+    def _grouping(self) -> Grouping:
+        return operation_groups(self.model) if self.space is None else space_groups(self.space, self.key)
+
     def _optimizer(self, state: Mapping[str, Any]) -> None:
         """An optimizer over the operations that are there; it warns about groups that are bound to vanish."""
         s = self.settings
         with warnings.catch_warnings():
             if self.removed or rank():
                 warnings.simplefilter("ignore")
-            self.opt = ProxSGD(
-                operation_groups(self.model), state["mu"], lr=s.lr, rho=s.rho, tau=1.0, normalize=s.normalize
-            )
-        self._last = sorted(stays_dead(self.model))
+            self.opt = ProxSGD(self._grouping(), state["mu"], lr=s.lr, rho=s.rho, tau=1.0, normalize=s.normalize)
+        self._last = sorted(stays_dead(self.model)) if self.space is None else []
         self.net = wrapped(self.model, self.device, self.compiled)
 
     def step(self) -> Line | None:
@@ -126,16 +135,18 @@ class GroupSearch:
     def _line(self) -> Line:
         norms = dict(zip(self.opt.grouping.names, self.opt.group_norms().tolist(), strict=True))
         loss, right = self._sums.tolist()
+        zero = self.zero()
         now = time.perf_counter()
         line = {
             "step": self.done,
             "epoch": round(self.batches.epoch + self.batches.batch / len(self.batches), 4),
             "loss": round(loss / max(self._counts[0], 1), 5),
             "accuracy": round(100.0 * right / max(self._counts[1], 1), 3),
-            "zero": len(self.zero()),
+            "zero": len(zero),
             "running": len(norms),
             "step_ms": round(1e3 * (now - self._since) / max(self._counts[0], 1), 2),
             "norms": {name: float(f"{norms.get(name, 0.0):.4g}") for name in self.names},
+            "dead": zero,
         }
         self._sums.zero_()
         self._counts, self._since = [0, 0], now

@@ -125,7 +125,7 @@ def advance(stepper: Stepper, folder: Folder) -> None:
             text = "".join(json.dumps(line) + "\n" for line in folder.lines)
             write_whole(folder.path / "log.jsonl", text.encode())
     elif rank() == 0:
-        (folder.path / "log.jsonl").unlink(missing_ok=True)
+        (folder.path / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     saved = time.monotonic()
     while stepper.done < stepper.steps:
         line = stepper.step()

@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     for recipe, label in _ablation(args) if args.ablation else _recipes(args):
-        one(recipe, label, args.out)
+        one(recipe, label, args.out, trains=not args.ablation)
 
 
 def _recipes(args: argparse.Namespace) -> Iterator[tuple[SearchRecipe, str]]:
@@ -52,21 +52,34 @@ def _recipes(args: argparse.Namespace) -> Iterator[tuple[SearchRecipe, str]]:
 
 
 def _ablation(args: argparse.Namespace) -> Iterator[tuple[SearchRecipe, str]]:
+    """Each normalisation with the μ that gives a separable convolution of the normal cells the default's
+    μ_k / |w_k(0)|; then the first steps of both presets on the images as they are and with labels that mean
+    nothing.
+    """
     for seed in args.seeds:
         for space in args.spaces:
-            for normalize, mu in (("div", 6.0), ("none", 0.3), ("mul", 0.01)):
+            for normalize, mu in (("div", 31.0), ("none", 0.58), ("mul", 0.0108)):
                 recipe = search_recipe(space, scale=args.scale, seed=seed, device=args.device)
                 recipe = replace(recipe, groups=replace(recipe.groups, normalize=normalize, mu=mu))
-                yield recipe, f"{space}-gs-nas-default-{normalize}-{seed}"
+                yield recipe, f"{space}-normalised-{normalize}-{seed}"
+            for preset in ("paper", "default"):
+                for shuffled in (False, True):
+                    recipe = search_recipe(space, "gs-nas", preset, args.scale, seed=seed, device=args.device)
+                    groups = replace(recipe.groups, norms_every=1)
+                    images = replace(recipe.images, shuffled=shuffled)
+                    recipe = replace(recipe, images=images, groups=groups, epochs=0.1, target_params=0.0, threshold=0.0)
+                    yield recipe, f"{space}-first-steps-{preset}-{'shuffled' if shuffled else 'real'}-{seed}"
 
 
-def one(recipe: SearchRecipe, label: str, out: Path) -> None:
+def one(recipe: SearchRecipe, label: str, out: Path, trains: bool = True) -> None:
     """Search, train what was found, and write a line."""
     file = out / label / "line.json"
     if not file.exists():
         found = search(recipe, Folder(out / label / "search", _tell))
+        trained: dict[str, Any] = {}
         own = train_recipe(recipe.scale, recipe.images.data, recipe.space, seed=recipe.seed, device=recipe.device)
-        trained = train(found.genotype, own, Folder(out / label / "train", _tell))
+        if trains:
+            trained = train(found.genotype, own, Folder(out / label / "train", _tell))
         file.write_text(json.dumps(line_of(recipe, label, found, trained)) + "\n")
         print(file.read_text(), end="", flush=True)
     lines = sorted(out.glob("*/line.json"))
@@ -91,17 +104,30 @@ def line_of(recipe: SearchRecipe, label: str, found: Found, trained: dict[str, A
         "params at target": found.params,
         **{key: round(value, 3) for key, value in found.scores.items()},
         **{f"search {key}": value for key, value in found.cost.items()},
-        "derived params": trained["params"],
-        "test accuracy": trained["test accuracy"],
-        "train wall_s": trained["wall_s"],
+        "derived params": trained.get("params"),
+        "test accuracy": trained.get("test accuracy"),
+        "train wall_s": trained.get("wall_s"),
+        "zero over time": zero_over_time(found),
         "notes": list(found.notes),
         "genotype": found.genotype.to_json()["cells"],
     }
 
 
+def zero_over_time(found: Found) -> list[list[int]]:
+    """[step, dead operations without weights, dead operations with weights], where they change."""
+    rows: list[list[int]] = []
+    for line in found.lines:
+        if "dead" in line:
+            without = sum(name.split(".")[-1] in WITHOUT_WEIGHTS for name in line["dead"])
+            row = [line["step"], without, len(line["dead"]) - without]
+            if not rows or rows[-1][1:] != row[1:]:
+                rows.append(row)
+    return rows
+
+
 def _tell(line: Line) -> None:
     if "trial" in line or "candidate" in line or line.get("step", 1) % 50 == 0:
-        print({k: v for k, v in line.items() if k != "norms"}, flush=True)
+        print({k: v for k, v in line.items() if k not in ("norms", "dead")}, flush=True)
 
 
 if __name__ == "__main__":

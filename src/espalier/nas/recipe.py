@@ -25,6 +25,7 @@ class Images:
             are (validation: for none). They never overlap, and the test images are looked at once.
         pool: average squares of so many pixels, to make images smaller.
         cutout: side of the hole; 0 for none.
+        shuffled: the training images get each other's labels: what a search finds then owes nothing to them.
     """
 
     data: str = "cifar10"
@@ -33,6 +34,7 @@ class Images:
     test: int = 0
     pool: int = 1
     cutout: int = 0
+    shuffled: bool = False
 
     def load(self, split: str, seed: int = 0) -> Dataset:
         """One split: "train", "validation" or "test"."""
@@ -41,6 +43,11 @@ class Images:
         if 0 < count < len(data):
             labels = np.asarray(data.labels)[data.rows]
             data = replace(data, rows=data.rows[stratified(labels, [count], seed)[0]])
+        if self.shuffled and split == "train":
+            order = np.random.default_rng(seed).permutation(len(data))
+            labels = np.array(data.labels)
+            labels[data.rows] = labels[data.rows[order]]
+            data = replace(data, labels=labels)
         return data if self.pool == 1 else pooled(data, self.pool)
 
     def augment(self, size: int) -> Augment:
