@@ -130,7 +130,7 @@ def _search(command: Search, console: Console) -> None:
         command.space, command.method, command.preset, command.scale, command.data, top=command.top, **changes
     )
     if command.target_params is not None:
-        trials = max(recipe.trials, 5) if command.method == "gs-nas" else recipe.trials
+        trials = recipe.trials if recipe.trials > 1 else 8  # the published preset bisects nothing by itself
         recipe = replace(recipe, target_params=command.target_params, trials=trials)
     if command.mu is not None:
         recipe = replace(recipe, groups=replace(recipe.groups, mu=command.mu))

@@ -1,6 +1,6 @@
 """Edges weighted by architecture parameters: DARTS (Liu et al., 2018) and PC-DARTS (Xu et al., 2020)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 
 import torch
@@ -94,7 +94,7 @@ def _mixed(cell: CellBase, own: Architecture, edge: str, within: CellSpace, part
     return Mixed(own, edge, cell.channels, stride, part, within.stacking == "darts")
 
 
-def _any(names: tuple[str, ...]) -> bool:
+def _any(names: Sequence[str]) -> bool:
     return any(name != "none" for name in names)
 
 

@@ -43,7 +43,7 @@ class CellSpace:
     >>> tiny.edges("normal")["0_2"], len(tiny.edges("reduce"))
     (('skip', 'sep_conv_3x3'), 5)
     >>> sum(p.numel() for p in tiny.supernet(channels=4, cells=3).parameters())
-    5048
+    8493
 
     Fields:
         name: for genotypes and messages.

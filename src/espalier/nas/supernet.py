@@ -83,7 +83,7 @@ def alive_groups(model: nn.Module) -> list[str]:
         f"{cell.kind}.{edge}.{name}": None
         for cell in cells_of(model).values()
         for edge, operations in cell.edges.items()
-        for name in operations.keys()  # noqa: SIM118
+        for name, _ in operations.named_children()
     }
     return list(found)
 
