@@ -58,10 +58,6 @@ def _ablation(args: argparse.Namespace) -> Iterator[tuple[SearchRecipe, str]]:
     """
     for seed in args.seeds:
         for space in args.spaces:
-            for normalize, mu in (("div", 31.0), ("none", 0.58), ("mul", 0.0108)):
-                recipe = search_recipe(space, scale=args.scale, seed=seed, device=args.device)
-                recipe = replace(recipe, groups=replace(recipe.groups, normalize=normalize, mu=mu))
-                yield recipe, f"{space}-normalised-{normalize}-{seed}"
             for preset in ("paper", "default"):
                 for shuffled in (False, True):
                     recipe = search_recipe(space, "gs-nas", preset, args.scale, seed=seed, device=args.device)
@@ -69,6 +65,10 @@ def _ablation(args: argparse.Namespace) -> Iterator[tuple[SearchRecipe, str]]:
                     images = replace(recipe.images, shuffled=shuffled)
                     recipe = replace(recipe, images=images, groups=groups, epochs=0.1, target_params=0.0, threshold=0.0)
                     yield recipe, f"{space}-first-steps-{preset}-{'shuffled' if shuffled else 'real'}-{seed}"
+            for normalize, mu in (("div", 31.0), ("none", 0.58), ("mul", 0.0108)):
+                recipe = search_recipe(space, scale=args.scale, seed=seed, device=args.device)
+                recipe = replace(recipe, groups=replace(recipe.groups, normalize=normalize, mu=mu))
+                yield recipe, f"{space}-normalised-{normalize}-{seed}"
 
 
 def one(recipe: SearchRecipe, label: str, out: Path, trains: bool = True) -> None:
