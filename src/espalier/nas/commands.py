@@ -44,6 +44,8 @@ class Search:
     """Compute in bfloat16 where that is safe."""
     compile: bool = False
     """torch.compile the supernet (compiled anew whenever operations leave it)."""
+    save_every: float = 60.0
+    """Seconds between checkpoints."""
     out: Path | None = None
     """Folder of the run; runs/NAME by default. A run that was stopped goes on there."""
 
@@ -74,6 +76,8 @@ class Train:
     """Compute in bfloat16 where that is safe."""
     compile: bool = False
     """torch.compile the network."""
+    save_every: float = 60.0
+    """Seconds between checkpoints."""
     out: Path | None = None
     """Folder of the run; runs/train-NAME by default. A run that was stopped goes on there."""
 
@@ -139,7 +143,7 @@ def _search(command: Search, console: Console) -> None:
     out = command.out or Path("runs") / f"nas-{recipe.name}-{recipe.scale}"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = search(recipe, Folder(out, _teller(console)))
+        found = search(recipe, Folder(out, _teller(console), command.save_every))
     for message in dict.fromkeys(str(w.message) for w in caught if "bound to be zeroed" in str(w.message)):
         console.print(f"warning: {message}", style="yellow", markup=False)
     if rank() == 0:
@@ -166,7 +170,7 @@ def _train(command: Train, console: Console) -> None:
         recipe = replace(recipe, auxiliary=0.0)
     name = Path(command.genotype).stem
     out = command.out or Path("runs") / f"train-{name}-{recipe.scale}-{recipe.seed}"
-    result = train(found, recipe, Folder(out, _teller(console)))
+    result = train(found, recipe, Folder(out, _teller(console), command.save_every))
     console.print(f"{result['params']:,} parameters, test accuracy {result['test accuracy']:.2f} %")
     console.print(f"Network in {out / 'network.espalier'}", soft_wrap=True)
 

@@ -28,8 +28,8 @@ class GroupSettings:
         cosine: ε falls along a cosine to a tenth (else it is constant).
         clip: the largest norm of the whole gradient; 0 for none.
         patience: an operation is dead once its proximal step was zero that many steps in a row.
-        drop_every: every so many steps, dead operations are put at exactly zero, and those that cannot come
-            back are taken out of the running supernet; 0: never.
+        drop_every: every so many steps, dead operations that cannot come back once they are at zero are put
+            there, and taken out of the running supernet; 0: never.
         norms_every: every so many steps a line with all groups' norms is logged.
     """
 
@@ -165,13 +165,13 @@ class GroupSearch:
         return [name for name in self.names if name not in zero]
 
     def drop(self) -> list[str]:
-        """Put dead operations at zero and take out those that cannot come back; returns the latter.
+        """Take out dead operations that could not come back if they were at zero; returns their names.
 
         Exact: an operation of two or more layers at zero has zero gradients, and is taken out only once its
         momentum can no longer lift it over the penalty, so every other weight goes the same way, bit for
-        bit, as if it were still there.
+        bit, as if it were still there, at zero.
         """
-        dead = set(self.opt.snap(self.settings.patience))
+        dead = set(self.opt.zero_groups(patience=self.settings.patience))
         candidates = [name for name in self._last if name in dead]
         if not candidates:
             return []

@@ -52,9 +52,8 @@ def _recipes(args: argparse.Namespace) -> Iterator[tuple[SearchRecipe, str]]:
 
 
 def _ablation(args: argparse.Namespace) -> Iterator[tuple[SearchRecipe, str]]:
-    """Each normalisation with the μ that gives a separable convolution of the normal cells the default's
-    μ_k / |w_k(0)|; then the first steps of both presets on the images as they are and with labels that mean
-    nothing.
+    """The first steps of both presets, on the images as they are and with labels that mean nothing; then each
+    normalisation, with the μ that gives a separable convolution of the normal cells the default's μ_k / |w_k(0)|.
     """
     for seed in args.seeds:
         for space in args.spaces:
