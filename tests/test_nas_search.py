@@ -265,6 +265,9 @@ def test_every_method_finds_a_genotype_and_is_not_run_twice(method, tmp_path):
     if method == "gs-nas":
         accuracies = [value for name, value in found.scores.items() if "as trained" not in name]
         assert accuracies[0] == accuracies[1]
+        small = espalier.load(tmp_path / "discretised.espalier", allow=("espalier",))
+        held_out = recipe.images.load("validation")
+        assert score(small, held_out)["accuracy"] == accuracies[1]
 
 
 def test_bisection_reaches_the_target(tmp_path):

@@ -54,7 +54,7 @@ def h2spg(recipe: SearchRecipe, folder: Folder) -> Found:
     removed = set(opt.solution().removed)
     alive = [name for name in alive_groups(model) if name not in removed]
     state = {"removed": [], "model": model.state_dict(), "alive": alive, "lines": folder.lines}
-    found = conclude(recipe, within, state, device)
+    found = conclude(recipe, within, state, device, folder)
     return replace(found, cost=_cost(steps, recipe, folder, start), lines=folder.lines)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from espalier.data import Batches
 from espalier.errors import SpaceError
+from espalier.export import save
 from espalier.nas.genotype import Genotype
 from espalier.nas.group_search import GroupSearch, Limit
 from espalier.nas.loop import Folder, advance, own_device, rank, world
@@ -42,7 +43,7 @@ def gs_nas(recipe: SearchRecipe, folder: Folder) -> Found:
         mu = recipe.groups.mu
         state = _trial(recipe, mu, None, folder.below("trial-00"), device)
         costs = [state["steps"]]
-    found = conclude(recipe, within, state, device)
+    found = conclude(recipe, within, state, device, folder)
     cost = {"steps": sum(costs), "images": sum(costs) * recipe.batch_size, "trials": len(costs)}
     seconds = sum(float(s) for s in state["seconds"])
     cost |= {"mu": mu, "seconds": round(seconds, 1), "wall_s": round(time.perf_counter() - start, 1)}
@@ -205,11 +206,14 @@ def bound_notes(search: GroupSearch) -> list[str]:
     ]
 
 
-def conclude(recipe: SearchRecipe, within: CellSpace, state: Mapping[str, Any], device: torch.device) -> Found:
+def conclude(
+    recipe: SearchRecipe, within: CellSpace, state: Mapping[str, Any], device: torch.device, folder: Folder
+) -> Found:
     """The genotype of an end state, and the supernet's scores before and after it is discretised.
 
     The dead operations are put at exactly zero and the batch norms see the data again; then they are taken
-    out. Both networks are scored: the accuracies are equal.
+    out. Both networks are scored: the accuracies are equal. The discretised one, with its weights, is written
+    to ``folder``'s discretised.espalier.
     """
     model = new_supernet(recipe, within, device)
     take_out(model, state["removed"])
@@ -230,6 +234,8 @@ def conclude(recipe: SearchRecipe, within: CellSpace, state: Mapping[str, Any], 
     after = score(model, held_out)
     scores[f"{split} accuracy of the supernet"] = before["accuracy"]
     scores[f"{split} accuracy discretised"] = after["accuracy"]
+    if rank() == 0:
+        save(model.cpu().eval(), folder.path / "discretised.espalier")
     if recipe.top:
         found = best_per_node(within, found, norms_of(state), recipe.top)
     return Found(found, found.params(recipe.target_channels, recipe.target_cells), scores, {})

@@ -21,7 +21,8 @@ METHODS: dict[str, Searcher] = {
 def search(recipe: SearchRecipe, folder: Folder) -> Found:
     """Run a search, or go on with the one that lies in ``folder``, to its end.
 
-    Writes settings.json, log.jsonl, result.json and genotype.json there. A run that has ended is read, not
+    Writes settings.json, log.jsonl, result.json and genotype.json there, and for GS-NAS and H2SPG the discretised
+    supernet with its weights, discretised.espalier. A run that has ended is read, not
     repeated. Raises :class:`FormatError` where the folder holds a run of other settings.
     """
     if recipe.method not in METHODS:
