@@ -5,6 +5,7 @@ import json
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,15 +22,17 @@ from espalier.nas.group_search import GroupSearch, GroupSettings, Limit
 from espalier.nas.heatmap import heatmap
 from espalier.nas.loop import Folder, advance
 from espalier.nas.mixed import discretise, mix, strengths, strongest
-from espalier.nas.recipe import search_recipe, train_recipe
+from espalier.nas.recipe import Images, pooled, search_recipe, train_recipe
 from espalier.nas.score import recalibrate, score
 from espalier.nas.search import search
 from espalier.nas.space import uniform
 from espalier.nas.spaces import SPACES, space
 from espalier.nas.supernet import (
     alive_groups,
+    clip_scalars,
     genotype_of,
     operation_groups,
+    scalars_of,
     stays_dead,
     supernet_space,
     take_out,
@@ -240,6 +243,27 @@ def test_unknown_names_are_refused():
             search_recipe(**wrong)
     with pytest.raises(SpaceError, match="is not one of"):
         train_recipe("huge")
+
+
+def test_images_are_pooled_and_labels_shuffled():
+    whole, small = digits(), pooled(digits(), 2)
+    x = np.asarray(whole.images[whole.rows[3]]).astype(np.float64)
+    assert np.array_equal(small.images[3], np.rint(x.reshape(4, 2, 4, 2).mean((1, 3))))
+    plain, mixed = (Images("digits", train=500, validation=100, shuffled=s).load("train") for s in (False, True))
+    a, b = (np.asarray(d.labels)[d.rows] for d in (plain, mixed))
+    assert np.array_equal(plain.rows, mixed.rows)
+    assert np.array_equal(np.bincount(a), np.bincount(b))
+    assert 0.02 < (a == b).mean() < 0.25  # by chance
+
+
+def test_scalars_stay_between_zero_and_one():
+    scalars = scalars_of(supernet())
+    assert len(scalars) == 15
+    with torch.no_grad():
+        scalars[0].fill_(1.5)
+        scalars[1].fill_(-0.5)
+    clip_scalars(scalars)
+    assert [s.item() for s in scalars[:3]] == [1.0, 0.0, 1.0]
 
 
 # Whole searches, on the digits.

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from espalier.data import Batches
 from espalier.nas.loop import Line, endless, rank, seed_step, wrapped
-from espalier.nas.supernet import clip_scalars, operation_groups, stays_dead, take_out
+from espalier.nas.supernet import clip_scalars, operation_groups, scalars_of, stays_dead, take_out
 from espalier.space.search_space import SearchSpace
 from espalier.sparsify.grouping import Grouping, space_groups
 from espalier.sparsify.proxsgd import ProxSGD
@@ -102,6 +102,7 @@ class GroupSearch:
                 warnings.simplefilter("ignore")
             self.opt = ProxSGD(self._grouping(), state["mu"], lr=s.lr, rho=s.rho, tau=1.0, normalize=s.normalize)
         self._last = sorted(stays_dead(self.model)) if self.space is None else []
+        self._scalars = scalars_of(self.model)
         self.net = wrapped(self.model, self.device, self.compiled)
 
     def step(self) -> Line | None:
@@ -121,7 +122,7 @@ class GroupSearch:
         if s.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
         self.opt.step()
-        clip_scalars(self.model)
+        clip_scalars(self._scalars)
         self.done += 1
         with torch.no_grad():
             self._sums += torch.stack([loss.detach().float(), (logits.argmax(1) == y).sum().float()])

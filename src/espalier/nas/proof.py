@@ -35,7 +35,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/nas"))
+    parser.add_argument("--table", type=Path, help="print the lines of this file as tables, and do nothing else")
     args = parser.parse_args()
+    if args.table:
+        print(tables([json.loads(text) for text in args.table.read_text().splitlines()]))
+        return
     torch.set_num_threads(1)
     for recipe, label in _ablation(args) if args.ablation else _recipes(args):
         one(recipe, label, args.out, trains=not args.ablation)
@@ -110,6 +114,36 @@ def line_of(recipe: SearchRecipe, label: str, found: Found, trained: dict[str, A
         "notes": list(found.notes),
         "genotype": found.genotype.to_json()["cells"],
     }
+
+
+def tables(lines: list[Line]) -> str:
+    """Results as Markdown: derived networks, and the ablation."""
+    out = ["| space | method | operations | without weights | parameters | supernet | discretised | test accuracy |"]
+    out.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for line in (line for line in lines if line["test accuracy"] is not None):
+        without, every = line["of possible"]
+        name = f"{line['method']}, {line['preset']}" if line["method"] == "gs-nas" else line["method"]
+        before, after = (_percent(line.get(f"validation accuracy {key}")) for key in ("of the supernet", "discretised"))
+        out.append(
+            f"| {line['space']} | {name} | {line['operations']} of {every} | {line['without weights']} of {without} "
+            f"| {line['params at target']:,} | {before} | {after} | {_percent(line['test accuracy'])} |"
+        )
+    out += ["", "| run | operations | without weights | with weights | [step, without, with weights at zero] |"]
+    out.append("| --- | ---: | ---: | ---: | --- |")
+    for line in (line for line in lines if line["test accuracy"] is None):
+        without, every = line["of possible"]
+        changes = line["zero over time"]
+        shown = ", ".join(str(row) for row in (changes if len(changes) < 7 else [*changes[:3], "…", *changes[-2:]]))
+        kept = line["without weights"]
+        out.append(
+            f"| {line['label']} | {line['operations']} of {every} | {kept} of {without} "
+            f"| {line['operations'] - kept} of {every - without} | {shown} |"
+        )
+    return "\n".join(out)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def zero_over_time(found: Found) -> list[list[int]]:

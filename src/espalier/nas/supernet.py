@@ -1,6 +1,6 @@
 """Groups of a supernet's operations, what they say about its cells, and taking operations out of it."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,12 +123,17 @@ def stays_dead(model: nn.Module) -> set[str]:
     return {group for group, layers in depth.items() if layers >= 2}
 
 
-def clip_scalars(model: nn.Module) -> None:
-    """Put the trainable numbers of operations without weights into [0, 1], as GSparsity does."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Scaled):
-                module.scale.clamp_(0.0, 1.0)
+def scalars_of(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable numbers of operations without weights."""
+    return [module.scale for module in model.modules() if isinstance(module, Scaled)]
+
+
+def clip_scalars(scalars: Sequence[Tensor]) -> None:
+    """Put them into [0, 1], as GSparsity does, in two calls for all."""
+    if scalars:
+        with torch.no_grad():
+            torch._foreach_clamp_min_(list(scalars), 0.0)
+            torch._foreach_clamp_max_(list(scalars), 1.0)
 
 
 def tie(space: SearchSpace, key: Callable[[str], str]) -> SearchSpace:
