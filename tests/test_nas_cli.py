@@ -57,6 +57,12 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys):
         assert words in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_missing_folder_of_data_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("ESPALIER_DATA", raising=False)
+    assert main(["nas", "search", "--space", "s2", "--scale", "smoke", "--out", str(tmp_path / "x")]) == 2
+    assert "set ESPALIER_DATA to a folder" in " ".join(capsys.readouterr().err.split())
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

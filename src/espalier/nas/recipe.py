@@ -8,7 +8,7 @@ import numpy as np
 
 from espalier.data import Augment, Dataset, load
 from espalier.data.dataset import stratified
-from espalier.errors import SpaceError
+from espalier.errors import FormatError, SpaceError
 from espalier.nas.group_search import GroupSettings
 
 METHODS = ("gs-nas", "h2spg", "darts", "pc-darts", "random")
@@ -38,7 +38,10 @@ class Images:
 
     def load(self, split: str, seed: int = 0) -> Dataset:
         """One split: "train", "validation" or "test"."""
-        data = load(self.data, split, validation=self.validation)
+        try:
+            data = load(self.data, split, validation=self.validation)
+        except ValueError as error:
+            raise FormatError(f"{self.data}: {error}.") from error
         count = {"train": self.train, "validation": 0, "test": self.test}[split]
         if 0 < count < len(data):
             labels = np.asarray(data.labels)[data.rows]
