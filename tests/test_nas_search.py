@@ -374,6 +374,17 @@ def test_a_killed_training_ends_with_the_same_network(tmp_path):
     assert same(networks[0].state_dict(), networks[1].state_dict())
 
 
+def test_a_compiled_search_is_the_same_search(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend="eager"))  # no C++ compiler is needed
+    plain_search, compiled = group_search(steps=4), group_search(steps=4, compiled=True)
+    assert compiled.net is not compiled.model
+    for _ in range(4):
+        plain_search.step()
+        compiled.step()
+    assert same(compiled.model.state_dict(), plain_search.model.state_dict())
+
+
 # Weighted edges.
 
 
