@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "architecture": {"errors", "graph"},
     "export": {"errors", "architecture"},
     "models": set(),
+    "nas": {"errors", "graph", "space", "construct", "sparsify", "saliency", "models", "data", "export", "report"},
     "data": {"errors"},
 }
 

@@ -1,4 +1,4 @@
-"""The command line: ``espalier inspect``, ``espalier demo``, ``espalier data prepare``."""
+"""The command line: ``espalier inspect``, ``espalier demo``, ``espalier data prepare``, ``espalier nas``."""
 
 import sys
 import warnings
@@ -13,6 +13,7 @@ from rich.progress import Progress, TaskID
 
 from espalier.demo import Demo, run
 from espalier.errors import EspalierError
+from espalier.nas.commands import Nas
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ Command = (
     Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
     | Annotated[Demo, tyro.conf.subcommand("demo", prefix_name=False)]
     | Annotated[Data, tyro.conf.subcommand("data", prefix_name=False)]
+    | Annotated[Nas, tyro.conf.subcommand("nas", prefix_name=False)]
 )
 
 
@@ -81,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if run(command, console) else 1
         if isinstance(command, Data):
             _prepare(command, console)
+            return 0
+        if isinstance(command, Nas):
+            from espalier.nas.commands import run as run_nas
+
+            run_nas(command, console)
             return 0
         from espalier.report.inspection import inspect
 

@@ -1,4 +1,4 @@
-"""The DARTS network with every operation on every edge (Liu et al., 2018; ASGSSD, Tables 3 and 5).
+"""The network of DARTS: cells whose nodes sum what lies on their edges (Liu et al., 2018; ASGSSD, Tables 3 and 5).
 
 Source: the published definition of the search network.
 Known: operations, cells and channels, hence exact sizes.
@@ -16,94 +16,80 @@ paper's networks are not published.
 The paper's 4.05 M and 614 M are of "DARTS (8 cells)" on STL-10; its input size is not given.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DARTS", "OPERATIONS", "Cell", "FactorizedReduce", "operation"]
+from espalier.models.operations import OPERATIONS, FactorizedReduce, drop_path, operation, relu_conv_bn
+
+__all__ = ["DARTS", "OPERATIONS", "Cell", "CellBase", "FactorizedReduce", "operation"]
+
+Edges = Mapping[str, Sequence[str]]
+"""What lies on each edge, "source_node" → names of operations; an edge that is not there has nothing."""
 
 
-class FactorizedReduce(nn.Module):
-    """Halves height and width: two 1×1 convolutions of stride 2, on even and on odd pixels, concatenated.
+class CellBase(nn.Module):
+    """Nodes in a row, each the sum of all operations on the edges from earlier ones. `edges` holds them all.
 
-    >>> FactorizedReduce(4, 8)(torch.zeros(1, 4, 6, 6)).shape
-    torch.Size([1, 8, 3, 3])
+    `kind` names cells that share their design. `drop_path` is the probability with which an operation other
+    than the identity is dropped in training.
     """
 
-    def __init__(self, inputs: int, outputs: int, affine: bool = False) -> None:
+    def __init__(self, kind: str, inputs: int, nodes: int, channels: int) -> None:
         super().__init__()
-        self.even = nn.Conv2d(inputs, outputs // 2, 1, stride=2, bias=False)
-        self.odd = nn.Conv2d(inputs, outputs - outputs // 2, 1, stride=2, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, affine=affine)
+        self.kind, self.inputs, self.nodes, self.channels = kind, inputs, nodes, channels
+        self.drop_path = 0.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(x)
-        return self.bn(torch.cat([self.even(x), self.odd(x[:, :, 1:, 1:])], dim=1))
+    def add_edges(
+        self, operations: Sequence[str] | Edges, strided: int, affine: bool, pool_norm: bool, scalars: bool
+    ) -> None:
+        """Make the operations; those on edges from the first ``strided`` inputs halve the size."""
+        self.edges = nn.ModuleDict()
+        for node in range(self.inputs, self.inputs + self.nodes):
+            for source in range(node):
+                key = f"{source}_{node}"
+                names = operations.get(key, ()) if isinstance(operations, Mapping) else operations
+                stride = 2 if source < strided else 1
+                ops = {
+                    name: operation(name, self.channels, stride, affine, pool_norm, scalars)
+                    for name in names
+                    if name != "none"
+                }
+                if ops:
+                    self.edges[key] = nn.ModuleDict(ops)
 
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """The inputs and every node; None for a node that nothing leads to."""
+        states: list[Tensor | None] = list(inputs)
+        for node in range(self.inputs, self.inputs + self.nodes):
+            terms = []
+            for source, x in enumerate(states):
+                if x is not None and f"{source}_{node}" in self.edges:
+                    terms += self.on_edge(f"{source}_{node}", x)
+            states.append(reduce(torch.add, terms) if terms else None)
+        return states
 
-def _relu_conv_bn(inputs: int, outputs: int, affine: bool) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, 1, bias=False)
-    return nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(outputs, affine=affine))
-
-
-def _depthwise(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
-    padding = dilation * (kernel - 1) // 2
-    return [
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False),
-        nn.Conv2d(channels, channels, 1, bias=False),
-        nn.BatchNorm2d(channels, affine=affine),
-    ]
-
-
-def _separable(channels: int, kernel: int, stride: int, affine: bool) -> nn.Module:
-    twice = _depthwise(channels, kernel, stride, 1, affine) + _depthwise(channels, kernel, 1, 1, affine)
-    return nn.Sequential(*twice)
-
-
-def _dilated(channels: int, kernel: int, stride: int, affine: bool) -> nn.Module:
-    return nn.Sequential(*_depthwise(channels, kernel, stride, 2, affine))
-
-
-def _pool(pool: nn.Module, channels: int) -> nn.Module:
-    return nn.Sequential(pool, nn.BatchNorm2d(channels, affine=False))
-
-
-def _skip(channels: int, stride: int, affine: bool) -> nn.Module:
-    return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
-
-
-_MAKE: dict[str, Callable[[int, int, bool], nn.Module]] = {
-    "max_pool_3x3": lambda c, s, affine: _pool(nn.MaxPool2d(3, s, 1), c),
-    "avg_pool_3x3": lambda c, s, affine: _pool(nn.AvgPool2d(3, s, 1, count_include_pad=False), c),
-    "skip": _skip,
-    "sep_conv_3x3": lambda c, s, affine: _separable(c, 3, s, affine),
-    "sep_conv_5x5": lambda c, s, affine: _separable(c, 5, s, affine),
-    "dil_conv_3x3": lambda c, s, affine: _dilated(c, 3, s, affine),
-    "dil_conv_5x5": lambda c, s, affine: _dilated(c, 5, s, affine),
-}
-OPERATIONS = tuple(_MAKE)
+    def on_edge(self, key: str, x: Tensor) -> list[Tensor]:
+        """What the operations on one edge make of its source."""
+        if not (self.training and self.drop_path > 0.0):
+            return [op(x) for op in self.edges[key].children()]
+        return [
+            op(x) if isinstance(op, nn.Identity) else drop_path(op(x), self.drop_path)
+            for op in self.edges[key].children()
+        ]
 
 
-def operation(name: str, channels: int, stride: int = 1, affine: bool = False) -> nn.Module:
-    """One of OPERATIONS, keeping the channels.
-
-    >>> operation("dil_conv_5x5", 8, stride=2)(torch.zeros(1, 8, 6, 6)).shape
-    torch.Size([1, 8, 3, 3])
-    """
-    if name not in _MAKE:
-        raise ValueError(f"{name!r} is no operation of DARTS; there are {', '.join(OPERATIONS)}")
-    return _MAKE[name](channels, stride, affine)
-
-
-class Cell(nn.Module):
+class Cell(CellBase):
     """Four nodes; each sums every operation on the edges from all earlier nodes and the two inputs.
 
     >>> cell = Cell((8, 16), 4, reduction=True, reduction_before=False)
     >>> cell(torch.zeros(1, 8, 6, 6), torch.zeros(1, 16, 6, 6)).shape
     torch.Size([1, 16, 3, 3])
+
+    ``operations``: names of what lies on every edge, or a mapping of edges ("0_2": from the first input to
+    the first node) to names; nodes that no operation leads to are then left out of the output.
 
     Returns the nodes concatenated: [N, nodes * channels, H, W], or half the size where `reduction`.
     """
@@ -114,28 +100,35 @@ class Cell(nn.Module):
         channels: int,
         reduction: bool,
         reduction_before: bool,
-        operations: Sequence[str] = OPERATIONS,
+        operations: Sequence[str] | Edges = OPERATIONS,
         nodes: int = 4,
         affine: bool = False,
+        pool_norm: bool = True,
+        scalars: bool = False,
     ) -> None:
-        super().__init__()
-        narrow = FactorizedReduce if reduction_before else _relu_conv_bn
+        super().__init__("reduce" if reduction else "normal", 2, nodes, channels)
+        narrow = FactorizedReduce if reduction_before else relu_conv_bn
         self.preprocess0 = narrow(inputs[0], channels, affine)
-        self.preprocess1 = _relu_conv_bn(inputs[1], channels, affine)
-        self.edges = nn.ModuleDict()
-        for node in range(2, 2 + nodes):
-            for source in range(node):
-                stride = 2 if reduction and source < 2 else 1
-                ops = {name: operation(name, channels, stride, affine) for name in operations}
-                self.edges[f"{source}_{node}"] = nn.ModuleDict(ops)
-        self.nodes = nodes
+        self.preprocess1 = relu_conv_bn(inputs[1], channels, affine)
+        self.add_edges(operations, 2 if reduction else 0, affine, pool_norm, scalars)
+        self.outputs = tuple(n for n in range(2, 2 + nodes) if any(k.endswith(f"_{n}") for k in self.edges))
+
+    @property
+    def width(self) -> int:
+        """Channels of the output."""
+        return len(self.outputs) * self.channels
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
-        states = [self.preprocess0(before), self.preprocess1(last)]
-        for node in range(2, 2 + self.nodes):
-            edges = [(x, self.edges[f"{source}_{node}"]) for source, x in enumerate(states)]
-            states.append(reduce(torch.add, [op(x) for x, edge in edges for op in edge.children()]))
-        return torch.cat(states[2:], dim=1)
+        states = self.run([self.preprocess0(before), self.preprocess1(last)])
+        nodes = [states[i] for i in self.outputs]
+        return torch.cat([x if x is not None else self._nothing(before, last) for x in nodes], dim=1)
+
+    def _nothing(self, before: Tensor, last: Tensor) -> Tensor:
+        """A node whose every operation was taken out while the network runs."""
+        height, width = last.shape[2:]
+        if self.kind == "reduce":
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return last.new_zeros(len(last), self.channels, height, width)
 
 
 class DARTS(nn.Module):
@@ -146,9 +139,14 @@ class DARTS(nn.Module):
 
     Args:
         channels: of the first cells' nodes. cells: how many. nodes: of one cell.
-        operations: names of what lies on every edge.
+        operations: names of what lies on every edge; or, for "normal" and "reduce" cells, a mapping of edges
+            to names.
         affine: scale and shift in the cells' batch norms (never in the pools'); the search network has none.
         stem: "cifar" keeps the size; "imagenet" divides it by eight, as published for ImageNet.
+        pool_norm: a batch norm after every pool; the evaluation network has none.
+        scalars: a trainable number behind every pool, skip and noise.
+        auxiliary: a second classifier at two thirds, for images of 32×32 (or 224×224 with ImageNet's stem).
+            In train mode the network then returns both.
 
     Shapes: float [N, in_channels, H, W] → [N, num_classes], H and W divisible by 4, or 32 for ImageNet.
     """
@@ -158,11 +156,14 @@ class DARTS(nn.Module):
         channels: int = 16,
         cells: int = 8,
         nodes: int = 4,
-        operations: Sequence[str] = OPERATIONS,
+        operations: Sequence[str] | Mapping[str, Edges] = OPERATIONS,
         affine: bool = False,
         stem: str = "cifar",
         in_channels: int = 3,
         num_classes: int = 10,
+        pool_norm: bool = True,
+        scalars: bool = False,
+        auxiliary: bool = False,
     ) -> None:
         super().__init__()
         if stem not in ("cifar", "imagenet"):
@@ -173,19 +174,29 @@ class DARTS(nn.Module):
         self.stem1 = _imagenet_stem1(width) if imagenet else None
         inputs, reduced = (width, width), imagenet
         self.cells = nn.ModuleList()
+        self.auxiliary_at = 2 * cells // 3 if auxiliary else -1
+        self.auxiliary: nn.Module | None = None
         for i in range(cells):
             reduction = i in (cells // 3, 2 * cells // 3)
             channels *= 2 if reduction else 1
-            self.cells.append(Cell(inputs, channels, reduction, reduced, operations, nodes, affine))
-            inputs, reduced = (inputs[1], nodes * channels), reduction
+            own = operations["reduce" if reduction else "normal"] if isinstance(operations, Mapping) else operations
+            cell = Cell(inputs, channels, reduction, reduced, own, nodes, affine, pool_norm, scalars)
+            self.cells.append(cell)
+            inputs, reduced = (inputs[1], cell.width), reduction
+            if i == self.auxiliary_at:
+                self.auxiliary = _auxiliary(inputs[1], num_classes, imagenet)
         self.linear = nn.Linear(inputs[1], num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         before = self.stem(x)
         last = before if self.stem1 is None else self.stem1(before)
-        for cell in self.cells:
+        second = None
+        for i, cell in enumerate(self.cells):
             before, last = last, cell(before, last)
-        return self.linear(last.mean(dim=(2, 3)))
+            if i == self.auxiliary_at and self.training and self.auxiliary is not None:
+                second = self.auxiliary(last)
+        logits = self.linear(last.mean(dim=(2, 3)))
+        return logits if second is None else (logits, second)
 
 
 def _stem(inputs: int, outputs: int) -> nn.Sequential:
@@ -202,3 +213,19 @@ def _imagenet_stem(inputs: int, outputs: int) -> nn.Sequential:
 def _imagenet_stem1(channels: int) -> nn.Sequential:
     conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(channels))
+
+
+def _auxiliary(channels: int, num_classes: int, imagenet: bool) -> nn.Sequential:
+    """Takes 8×8 (ImageNet: 7×7) to one pixel; for ImageNet the published head lacks its second norm."""
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.AvgPool2d(5, stride=2 if imagenet else 3, count_include_pad=False),
+        nn.Conv2d(channels, 128, 1, bias=False),
+        nn.BatchNorm2d(128),
+        nn.ReLU(),
+        nn.Conv2d(128, 768, 2, bias=False),
+        nn.Identity() if imagenet else nn.BatchNorm2d(768),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(768, num_classes),
+    )

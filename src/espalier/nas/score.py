@@ -1,0 +1,59 @@
+"""What a network scores: accuracy, after the batch norms have seen the data once more."""
+
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from espalier.data import Batches, Dataset
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, data: Dataset, batches: int = 20, batch_size: int = 128, seed: int = 0) -> None:
+    """Take the batch norms' running statistics anew: plain means over some batches.
+
+    While a supernet changes, its running statistics lag behind; without this a score jumps about.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    modes = [(m, m.training) for m in model.modules()]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+    model.train()
+    torch.manual_seed(seed)
+    device = next(model.parameters()).device
+    try:
+        for x, _ in islice(Batches(data, min(batch_size, len(data)), seed, device=device), batches):
+            model(x)
+    finally:
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
+        for m, mode in modes:
+            m.training = mode
+
+
+@torch.no_grad()
+def score(model: nn.Module, data: Dataset, batch_size: int = 250, seed: int = 0) -> dict[str, float]:
+    """Accuracy in per cent and mean cross entropy, in eval mode; noise is drawn from ``seed``.
+
+    >>> from espalier.data import load
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    >>> sorted(score(net, load("digits", "test")))
+    ['accuracy', 'loss']
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    torch.manual_seed(seed)
+    device = next(model.parameters()).device
+    right, loss = torch.zeros((), device=device), torch.zeros((), device=device)
+    try:
+        for x, y in Batches(data, batch_size, shuffle=False, device=device):
+            logits = model(x)
+            right += (logits.argmax(1) == y).sum()
+            loss += cross_entropy(logits, y, reduction="sum")
+    finally:
+        for m, mode in modes:
+            m.training = mode
+    return {"accuracy": 100.0 * float(right) / len(data), "loss": float(loss) / len(data)}
