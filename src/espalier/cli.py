@@ -1,4 +1,4 @@
-"""The command line: ``espalier inspect``, ``espalier demo``, ``espalier data prepare``."""
+"""The command line: ``espalier inspect``, ``demo``, ``data prepare`` and ``reproduce``."""
 
 import sys
 import warnings
@@ -13,6 +13,7 @@ from rich.progress import Progress, TaskID
 
 from espalier.demo import Demo, run
 from espalier.errors import EspalierError
+from espalier.experiments.reproduce import Reproduce, reproduce
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ Command = (
     Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
     | Annotated[Demo, tyro.conf.subcommand("demo", prefix_name=False)]
     | Annotated[Data, tyro.conf.subcommand("data", prefix_name=False)]
+    | Annotated[Reproduce, tyro.conf.subcommand("reproduce", prefix_name=False)]
 )
 
 
@@ -82,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(command, Data):
             _prepare(command, console)
             return 0
+        if isinstance(command, Reproduce):
+            return 0 if reproduce(command, console) else 2
         from espalier.report.inspection import inspect
 
         inspect(command.factory, command.input, command.levels, command.keep, command.out, command.svg, console)
