@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from espalier.space.budget import Budget
 
@@ -30,6 +30,7 @@ class Run:
         sparsity, params: what is asked for: structures to remove, or parameters that may stay, as fractions.
         search, projection: shares of all steps: the search phase (warm-up), and the way to zero.
         cycles: shares of all steps; in each, the rate falls from ``lr`` to ``lr_end`` along a cosine.
+        search_lr: instead of ``lr`` in the first cycle.
         decay: instead of the last cycle: the rate is ``lr`` times 0.1 for every so many epochs since the search.
         shared: runs that differ only in what happens after the search phase share its steps up to ``watched``
             steps before its end. The same steps are taken as without sharing.
@@ -58,6 +59,7 @@ class Run:
     search: float = 0.3
     projection: float = 0.3
     cycles: tuple[float, ...] = (1.0,)
+    search_lr: float | None = None
     decay: float = 0.0
     pad: int = 0
     flip: bool = False
@@ -87,8 +89,9 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """Six hexadecimal digits of all fields: another configuration has another folder."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:6]
+        """Six hexadecimal digits of all fields that are not the default: another configuration has another folder."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:6]
 
     @property
     def budget(self) -> Budget | None:
@@ -109,8 +112,9 @@ class Run:
             if step < end or i == len(self.cycles) - 1:
                 if self.decay and i == len(self.cycles) - 1:
                     return self.lr * 0.1 ** int((step - begin) / per_epoch / self.decay)
+                peak = self.search_lr if self.search_lr is not None and i == 0 else self.lr
                 cosine = 0.5 * (1 + math.cos(math.pi * min((step - begin) / (end - begin), 1.0)))
-                return self.lr_end + (self.lr - self.lr_end) * cosine
+                return self.lr_end + (peak - self.lr_end) * cosine
             begin = end
         raise AssertionError("a run has at least one cycle")
 

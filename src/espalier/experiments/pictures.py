@@ -21,7 +21,7 @@ _AXES = {
     "params": "parameters of the sub-network",
     "sparsity": "structures removed, as a fraction",
     "search": "search phase, as a share of all steps",
-    "lr": "learning rate of the search phase",
+    "search_lr": "learning rate of the search phase",
 }
 
 
@@ -51,7 +51,7 @@ def plot_rows(
     full = [line["test"] for run, line in done if run.method == "full" and "test" in line]
     if full and recipe.axis == "sparsity":
         axes.axhline(sum(full) / len(full), color="0.5", linewidth=1, linestyle=":", label="full network")
-    if recipe.axis == "lr":
+    if recipe.axis == "search_lr":
         axes.set_xscale("log")
     axes.set_xlabel(_AXES[recipe.axis])
     axes.set_ylabel("top-1 accuracy on the test set, per cent")

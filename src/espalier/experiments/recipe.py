@@ -35,7 +35,7 @@ class Recipe:
         label: the row of a run; runs that differ in their seed share one.
         published: the paper's rows, by label.
         notes: what the paper does not say, or what differs here, in sentences.
-        axis: what the plot shows the accuracy against: "params", "sparsity", "search" or "lr".
+        axis: what the plot shows the accuracy against: "params", "sparsity", "search" or "search_lr".
         draw: whether the search spaces are drawn.
     """
 

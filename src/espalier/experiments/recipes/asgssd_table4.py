@@ -5,8 +5,10 @@ from dataclasses import replace
 from espalier.experiments.config import Run
 from espalier.experiments.recipe import Published, Recipe, smoke
 
+__all__ = ["FULL", "RECIPES", "SMALL", "label"]
+
 SPARSITIES = (0.5, 0.9, 0.1, 0.7, 0.3)
-_FULL = Run(
+FULL = Run(
     "regnet-800m",
     "cifar10",
     epochs=300,
@@ -18,8 +20,8 @@ _FULL = Run(
     pad=4,
     flip=True,
 )
-_SMALL = replace(
-    _FULL,
+SMALL = replace(
+    FULL,
     width=0.125,
     size=16,
     batch_size=128,
@@ -44,7 +46,7 @@ def _grid(base: Run, seeds: int, others: int) -> tuple[Run, ...]:
     return (*runs, *(replace(base, seed=seed) for seed in range(seeds)))
 
 
-_SIZES = tuple(replace(_FULL, network=f"regnet-{size}m", seed=seed) for size in (200, 400, 600) for seed in range(3))
+_SIZES = tuple(replace(FULL, network=f"regnet-{size}m", seed=seed) for size in (200, 400, 600) for seed in range(3))
 
 
 def label(run: Run) -> str:
@@ -57,10 +59,10 @@ RECIPES = (
         name="asgssd-table4",
         title="RegNet-800M on CIFAR-10: H2SPG, DHSPG, ProxSG+, magnitude and random removal",
         runs={
-            "paper": _grid(_FULL, 3, 3) + _SIZES,
-            "short": _grid(_SMALL, 3, 1),
+            "paper": _grid(FULL, 3, 3) + _SIZES,
+            "short": _grid(SMALL, 3, 1),
             "smoke": tuple(
-                smoke(replace(_SMALL, method=m, sparsity=s))
+                smoke(replace(SMALL, method=m, sparsity=s))
                 for m, s in (("h2spg", 0.5), ("random", 0.9), ("magnitude", 0.5), ("dhspg", 0.9))
             ),
         },
