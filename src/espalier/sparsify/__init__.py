@@ -3,7 +3,7 @@
 from espalier.sparsify.bisect import bisect_mu
 from espalier.sparsify.gates import Gates
 from espalier.sparsify.grouping import Grouping, layer_groups, named_groups, space_groups
-from espalier.sparsify.halfspace import DHSPG, H2SPG
+from espalier.sparsify.halfspace import DHSPG, H2SPG, HSPG, ProxSGPlus
 from espalier.sparsify.probability import HardSigmoid, Sigmoid
 from espalier.sparsify.proxsgd import PAPER, ProxSGD
 from espalier.sparsify.rmda import RMDA
@@ -14,6 +14,7 @@ from espalier.sparsify.sliced import sliced
 __all__ = [
     "DHSPG",
     "H2SPG",
+    "HSPG",
     "PAPER",
     "RMDA",
     "Gates",
@@ -21,6 +22,7 @@ __all__ = [
     "HardSigmoid",
     "PowerDecay",
     "ProxSGD",
+    "ProxSGPlus",
     "Sigmoid",
     "Site",
     "bisect_mu",

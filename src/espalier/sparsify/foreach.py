@@ -21,6 +21,16 @@ def mul(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_mul(list(tensors), list(factors)))
 
 
+def mul_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """``t *= f`` for all pairs."""
+    torch._foreach_mul_(list(tensors), list(factors))
+
+
+def sub(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """``t - o`` for all pairs."""
+    return list(torch._foreach_sub(list(tensors), list(others)))
+
+
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of each tensor, as one vector, at least in single precision."""
     stacked = torch.stack(list(torch._foreach_norm(list(tensors))))
