@@ -28,6 +28,8 @@ class Run:
         method: "full" trains everything; "magnitude" and "random" remove at once, after the search phase, valid sets
             in ascending magnitude or in random order, and train on; the others are the half-space family.
         sparsity, params: what is asked for: structures to remove, or parameters that may stay, as fractions.
+        at_end: remove at the very last step, with no training after it: the way to the sub-network without fine-tuning
+            for a method that does not train towards it.
         search, projection: shares of all steps: the search phase (warm-up), and the way to zero.
         cycles: shares of all steps; in each, the rate falls from ``lr`` to ``lr_end`` along a cosine.
         search_lr: instead of ``lr`` in the first cycle.
@@ -69,6 +71,7 @@ class Run:
     shared: bool = False
     watched: int = 50
     construct_early: bool = False
+    at_end: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,6 +87,7 @@ class Run:
         """A name for folders and logs."""
         what = f"{self.network}{'-parameterless' if self.parameterless else ''}-{self.method}"
         if self.method != "full":
+            what += "-end" if self.at_end else ""
             what += f"-params{self.params:g}" if self.params is not None else f"-{self.sparsity:g}"
         return f"{what}-{self.seed}"
 
@@ -99,6 +103,17 @@ class Run:
         if self.params is not None:
             return Budget(params=self.params)
         return None if self.sparsity is None else Budget(structures=1.0 - self.sparsity)
+
+    def phases(self, steps: int) -> tuple[int, int]:
+        """Steps of the search phase, and of the way to zero.
+
+        >>> Run("demonet", "mnist", "h2spg", sparsity=0.5).phases(100)
+        (30, 30)
+        """
+        if self.at_end:
+            return steps - 1, 1
+        to_zero = 1 if self.method in ("magnitude", "random") else max(1, round(self.projection * steps))
+        return max(1, round(self.search * steps)), to_zero
 
     def rate(self, step: int, per_epoch: int, steps: int) -> float:
         """The learning rate of a step, counted from 0.

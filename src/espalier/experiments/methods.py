@@ -20,14 +20,12 @@ def make_optimizer(run: Run, space: SearchSpace, model: nn.Module, steps: int) -
     base: dict[str, Any] = {"lr": run.lr, "momentum": run.momentum, "weight_decay": run.weight_decay}
     if run.method == "full":
         return torch.optim.SGD(model.parameters(), **base)
-    phases = {
-        "warmup_steps": max(1, round(run.search * steps)),
-        "projection_steps": max(1, round(run.projection * steps)),
-    }
+    search, to_zero = run.phases(steps)
+    phases = {"warmup_steps": search, "projection_steps": to_zero}
     budget, _ = nearest(run, space)
     if run.method in ("magnitude", "random"):
         scores = magnitude if run.method == "magnitude" else _shuffled(len(space), run.seed)
-        return espalier.H2SPG(space, budget=budget, saliency=scores, **(phases | {"projection_steps": 1}), **base)
+        return espalier.H2SPG(space, budget=budget, saliency=scores, **phases, **base)
     kind = {"h2spg": "H2SPG", "dhspg": "DHSPG", "proxsg+": "ProxSGPlus"}[run.method]
     return getattr(espalier, kind)(space, budget=budget, **phases, **base)
 

@@ -51,7 +51,7 @@ class Training:
         self.batches: Batches = self.splits.batches(run, team.device, team.rank, team.world)
         self.per_epoch = len(self.batches)
         self.steps = max(3, round(run.epochs * self.per_epoch))
-        self.search_steps = max(1, round(run.search * self.steps))
+        self.search_steps = run.phases(self.steps)[0]
         self.optimizer = make_optimizer(run, self.space, self.network, self.steps)
         self.step, self.seconds = 0, 0.0
         self.removed: tuple[str, ...] | None = None  # set once the sub-network is trained on
