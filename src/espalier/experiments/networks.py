@@ -17,20 +17,34 @@ from espalier.models import (
     regnet_x_600m,
     regnet_x_800m,
 )
+from espalier.models.mobile import PIXEL1_STAGES
+from espalier.models.super_resnet import SuperStage
 
 __all__ = ["NETWORKS", "build"]
 
 
-def _darts(cells: int, channels: int, stem: str, width: float, **options: Any) -> nn.Module:
-    return DARTS(max(2, round(width * channels)), cells, affine=True, stem=stem, **options)
+def _darts(cells: int, channels: int, nodes: int, width: float, **options: Any) -> nn.Module:
+    return DARTS(max(2, round(width * channels)), cells, nodes, affine=True, **options)
+
+
+def _few_blocks(**options: Any) -> nn.Module:
+    return SuperResNet(stages=(SuperStage(120, 40, 1, 1), SuperStage(176, 32, 2, 2)), **options)
+
+
+def _few_stages(**options: Any) -> nn.Module:
+    return MobileNet(stages=(PIXEL1_STAGES[1],), **options)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "demonet": DemoNet,
     "stacked-unets": StackedUnets,
     "super-resnet": SuperResNet,
-    "darts8": partial(_darts, 8, 24, "cifar"),
-    "darts14": partial(_darts, 14, 48, "imagenet"),
+    "darts8": partial(_darts, 8, 24, 4),
+    "darts8-2nodes": partial(_darts, 8, 24, 2),
+    "darts14": partial(_darts, 14, 48, 4),
+    "darts3-1node": partial(_darts, 3, 24, 1),
+    "super-resnet-3blocks": _few_blocks,
+    "mobile-4blocks": _few_stages,
     "regnet-200m": regnet_x_200m,
     "regnet-400m": regnet_x_400m,
     "regnet-600m": regnet_x_600m,
@@ -48,9 +62,8 @@ def build(name: str, width: float, in_channels: int, num_classes: int, size: int
     if name not in NETWORKS:
         raise ValueError(f"no network is called {name!r}; there are {', '.join(NETWORKS)}")
     options: dict[str, Any] = {"in_channels": in_channels, "num_classes": num_classes}
-    if name == "mobile" and size < 128:
+    if name.startswith("mobile") and size < 64:
         options["stem_stride"] = 1
-    if name == "darts14" and size < 128:
-        name = "darts14-small"
-    factory = NETWORKS.get(name) or partial(_darts, 14, 48, "cifar")
-    return factory(width=width, **options)
+    if name == "darts14" and size > 32:
+        options["stem"] = "imagenet"
+    return NETWORKS[name](width=width, **options)

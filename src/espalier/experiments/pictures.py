@@ -11,8 +11,8 @@ from espalier.experiments.config import Run
 from espalier.experiments.networks import build
 from espalier.experiments.recipe import Recipe
 from espalier.experiments.splits import splits
-from espalier.report.draw import draw_segments
 from espalier.report.html import write_text
+from espalier.report.overview import draw_space
 from espalier.space.search_space import SearchSpace, search_space
 
 __all__ = ["draw_runs", "plot_rows"]
@@ -25,12 +25,10 @@ _AXES = {
 }
 
 
-def plot_rows(
-    recipe: Recipe, done: Sequence[tuple[Run, Mapping[str, Any]]], path: Path, console: Console
-) -> None:
+def plot_rows(recipe: Recipe, done: Sequence[tuple[Run, Mapping[str, Any]]], path: Path, console: Console) -> None:
     """Test accuracy of every run against the recipe's axis, one colour per method; a line joins the means."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:
         console.print("[yellow]No plot: it needs matplotlib. pip install 'espalier\\[experiments]'[/]")
         return
@@ -72,7 +70,7 @@ def draw_runs(done: Sequence[tuple[Run, Mapping[str, Any]]], root: Path, console
             continue
         seen.add(name)
         if not (root / f"{name}.svg").exists():
-            write_text(root / f"{name}.svg", draw_segments(_space(run), line.get("removed", ())))
+            write_text(root / f"{name}.svg", draw_space(_space(run), line.get("removed", ()), name))
     console.print(f"Drawings: {', '.join(f'{name}.svg' for name in sorted(seen))}")
 
 
@@ -80,5 +78,5 @@ def _space(run: Run) -> SearchSpace:
     data = splits(run)
     channels = data.train.shape[0]
     model = build(run.network, run.width, channels, data.train.classes, data.size)
-    options = {"parameterless": True} if run.parameterless else {}
+    options: dict[str, Any] = {"parameterless": True} if run.parameterless else {}
     return search_space(model, (torch.zeros(2, channels, data.size, data.size),), **options)

@@ -140,7 +140,15 @@ def _report(
 ) -> None:
     found = rows(recipe, done)
     table = Table(title=f"{recipe.name}, {command.scale}")
-    for head in ("", "top-1, test (%)", "the paper's", "parameters", "the paper's (M)", "MACs", "the paper's FLOPs (M)"):
+    for head in (
+        "",
+        "top-1, test (%)",
+        "the paper's",
+        "parameters",
+        "the paper's (M)",
+        "MACs",
+        "the paper's FLOPs (M)",
+    ):
         table.add_column(head, justify="left" if not head else "right")
     for row in found:
         paper = recipe.published.get(row.label)

@@ -27,6 +27,7 @@ from espalier.experiments.splits import Splits, shrink, splits
 from espalier.export import save
 from espalier.space.cost import count_macs, count_params
 from espalier.space.search_space import search_space
+from espalier.sparsify.loop import HalfSpace
 
 __all__ = ["Training", "machine", "train"]
 
@@ -45,7 +46,7 @@ class Training:
         model = build(run.network, run.width, shape[0], classes, self.splits.size)
         model = model.to(team.device).to(memory_format=_LAYOUT)  # type: ignore[call-overload]
         self.example = torch.zeros(2, shape[0], self.splits.size, self.splits.size, device=team.device)
-        options = {"parameterless": True} if run.parameterless else {}
+        options: dict[str, Any] = {"parameterless": True} if run.parameterless else {}
         self.space = search_space(model, (self.example,), **options)
         self.network: nn.Module = self.space.model
         self.batches: Batches = self.splits.batches(run, team.device, team.rank, team.world)
@@ -114,12 +115,12 @@ class Training:
 
     def _look_at_marked(self) -> None:
         """What cannot become a network is refused here, with the space's reason, and not trained on."""
-        marked = getattr(self.optimizer, "redundant", ())
-        self.refused = self.space.explain(marked)
+        if isinstance(self.optimizer, HalfSpace):
+            self.refused = self.space.explain(self.optimizer.redundant)
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 2)}
-        if hasattr(self.optimizer, "phase"):
+        if isinstance(self.optimizer, HalfSpace):
             state |= {"phase": self.optimizer.phase, "zero": self.optimizer.zero_structures()}
         return state
 
@@ -141,8 +142,8 @@ class Training:
     # Going on with the sub-network.
 
     def _may_shrink(self) -> bool:
-        done = getattr(self.optimizer, "phase", "") == "done" and not self.refused
-        return self.run.construct_early and self.removed is None and done
+        done = isinstance(self.optimizer, HalfSpace) and self.optimizer.phase == "done"
+        return self.run.construct_early and self.removed is None and done and not self.refused
 
     def _shrink(self) -> None:
         solution = self.optimizer.solution()  # type: ignore[attr-defined]
@@ -207,7 +208,7 @@ class Training:
         self.network.load_state_dict(saved["network"])
         for name, parameter in self.network.named_parameters():
             self.optimizer.state[parameter] = saved["named"][name]
-        if hasattr(self.optimizer, "steps_done"):
+        if isinstance(self.optimizer, HalfSpace):
             self.optimizer.steps_done = stop
         self.batches.load_state_dict(saved["batches"])
         torch.set_rng_state(saved["random"].cpu())

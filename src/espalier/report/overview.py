@@ -1,0 +1,29 @@
+"""The search space of any network as one picture that can be read."""
+
+import math
+from collections.abc import Iterable
+
+from espalier.report.condense import columns, condensed, depth
+from espalier.report.draw import draw, draw_beside
+from espalier.report.segment_figures import segment_figure
+from espalier.space.search_space import SearchSpace
+
+__all__ = ["draw_space"]
+
+_DEEP = 24
+
+
+def draw_space(space: SearchSpace, removed: Iterable[str] = (), title: str = "Search space") -> str:
+    """The segment graph as SVG text: candidates of one edge in one box, long networks in columns.
+
+    >>> from torch import nn, randn
+    >>> from espalier.space.search_space import search_space
+    >>> draw_space(search_space(nn.Linear(4, 2), (randn(3, 4),)))[:4]
+    '<svg'
+
+    Structures are green; those in ``removed`` are dotted and red. :func:`espalier.report.draw.draw_segments` draws
+    every segment as a box of its own.
+    """
+    figure = condensed(segment_figure(space, removed, title))
+    parts = columns(figure, math.ceil(depth(figure) / _DEEP))
+    return draw(parts[0]) if len(parts) == 1 else draw_beside(parts, title)
