@@ -4,6 +4,7 @@ import copy
 
 from torch import fx, nn
 
+from espalier.graph.fold import fold_scalars
 from espalier.own_class import in_own_class
 from espalier.space.reduce import reduced
 from espalier.space.search_space import SearchSpace
@@ -33,11 +34,14 @@ def construct(space: SearchSpace, solution: Solution) -> nn.Module:
     """
     space.check(solution)
     model = space.masked(solution) if solution.masks else copy.deepcopy(space.model)
-    if not solution.removed:
+    scalars = space.trace.scalars
+    if not solution.removed and not scalars:
         return model
     lifted = reduced(space.trace, space.graph, space.segments_of(solution.removed), space.constant, model)
     _out_of_place(lifted.module)
-    small = in_own_class(space.trace, model, lifted) or lifted.module
+    if scalars:  # the model is a graph already: there is no class to keep
+        fold_scalars(lifted.module, scalars)
+    small = lifted.module if scalars else in_own_class(space.trace, model, lifted) or lifted.module
     _forget_shapes(small)
     return small
 

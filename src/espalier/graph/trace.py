@@ -32,7 +32,8 @@ class Trace:
     """A traced model.
 
     ``graph_module`` calls like the model and returns what it returns. ``args`` and ``kwargs`` are the example
-    inputs as the export saw them. ``notes`` lists in words all that could not be kept.
+    inputs as the export saw them. ``notes`` lists in words all that could not be kept. ``scalars`` are the names
+    of the parameters that :func:`espalier.graph.scaled.scaled` has put in.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Trace:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     notes: tuple[str, ...] = field(default=())
+    scalars: tuple[str, ...] = field(default=())
 
     @property
     def graph(self) -> fx.Graph:

@@ -37,6 +37,8 @@ def mul(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     if len(values) == 1:
         return elementwise(build, node, values)
     a, b = values
+    if isinstance(a, Narrowed) and isinstance(b, fx.Node) and _ndim(b) == 0 and a.fill.is_zero:
+        return Narrowed(build.call(aten.mul.Tensor, a.node, b), a.dim, a.kept, a.total, a.fill)  # a trainable scalar
     return _pointwise(build, node, a, b, aten.mul.Tensor, torch.mul, neutral=1.0)
 
 

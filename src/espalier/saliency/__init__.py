@@ -1,28 +1,82 @@
 """A score per structure; higher is kept.
 
-A saliency is a function of (space, state) that returns one float tensor [number of structures]. One file each;
-every function that such a file defines under the file's own name is found here by that name.
+A saliency is a function of (space, state) that returns one float tensor [number of structures]. There is one file
+for each. Some are made by a function first, because they look at data (``zico(batches)``) or have settings
+(``random(seed=1)``). Training-free proxies are meant for a network before training, and cost a run of the network
+for every structure: take them once, with ``score_every=warmup_steps``.
+
+``SALIENCIES`` holds, by name, every saliency of this package that needs nothing to be given.
 """
 
 import importlib
+import inspect
 import pkgutil
 
 from espalier.errors import TrainingError
+from espalier.saliency.bn_scale import bn_scale
 from espalier.saliency.cosine_magnitude import cosine_magnitude
 from espalier.saliency.magnitude import magnitude
+from espalier.saliency.naswot import naswot
+from espalier.saliency.ntk import ntk
+from espalier.saliency.random import random
 from espalier.saliency.state import Saliency, State
+from espalier.saliency.synflow import synflow
+from espalier.saliency.taylor import taylor
+from espalier.saliency.zen_score import zen_score
+from espalier.saliency.zico import zico
 
-_found = {m.name: importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)}
-SALIENCIES: dict[str, Saliency] = {name: getattr(m, name) for name, m in _found.items() if hasattr(m, name)}
+SALIENCIES: dict[str, Saliency] = {}
+_NEED_DATA: dict[str, str] = {}
+
+
+def _discover() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        found = getattr(importlib.import_module(f"{__name__}.{module.name}"), module.name, None)
+        if found is None or module.name in ("fall", "sums", "state"):
+            continue
+        parameters = inspect.signature(found).parameters
+        if next(iter(parameters), "") == "space":
+            SALIENCIES[module.name] = found
+        elif all(p.default is not p.empty for p in parameters.values()):
+            SALIENCIES[module.name] = found()
+        else:
+            _NEED_DATA[module.name] = f"{module.name}{inspect.signature(found)}"
 
 
 def named(saliency: Saliency | str) -> Saliency:
-    """The saliency of that name in :data:`SALIENCIES`; a function is returned as it is."""
+    """The saliency of that name in :data:`SALIENCIES`; a function is returned as it is.
+
+    >>> named("taylor") is taylor, named(magnitude) is magnitude
+    (True, True)
+
+    Raises :class:`TrainingError` for an unknown name, and for one that needs data.
+    """
     if not isinstance(saliency, str):
         return saliency
+    if saliency in _NEED_DATA:
+        raise TrainingError(
+            f"'{saliency}' looks at data: give saliency=espalier.saliency.{saliency}(...) instead of its name."
+        )
     if saliency not in SALIENCIES:
         raise TrainingError(f"no saliency is called '{saliency}': there are {', '.join(sorted(SALIENCIES))}.")
     return SALIENCIES[saliency]
 
 
-__all__ = ["SALIENCIES", "Saliency", "State", "cosine_magnitude", "magnitude", "named"]
+_discover()
+
+__all__ = [
+    "SALIENCIES",
+    "Saliency",
+    "State",
+    "bn_scale",
+    "cosine_magnitude",
+    "magnitude",
+    "named",
+    "naswot",
+    "ntk",
+    "random",
+    "synflow",
+    "taylor",
+    "zen_score",
+    "zico",
+]

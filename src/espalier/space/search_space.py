@@ -13,6 +13,7 @@ from torch import nn
 from espalier.errors import InvalidSolution, SpaceError
 from espalier.graph.constants import Constant, annihilator, constant_output
 from espalier.graph.lift import stack_of
+from espalier.graph.scaled import scaled
 from espalier.graph.segments import Segment, SegmentGraph, aten, segment_graph
 from espalier.graph.trace import Trace, trace
 from espalier.space.budget import Budget, meet
@@ -202,6 +203,7 @@ def search_space(
     kwargs: Mapping[str, Any] | None = None,
     levels: Sequence[str] = ("segment",),
     keep: Sequence[Keep] = (),
+    parameterless: bool = False,
 ) -> SearchSpace:
     """Find every structure that may be removed from ``model`` (Algorithm 2 of ASGSSD).
 
@@ -221,6 +223,18 @@ def search_space(
     ``args`` and ``kwargs`` are example inputs. ``levels``: "segment". ``keep`` protects modules: a dotted path
     (with all below it), a module type, or a predicate of (path, module).
 
+    ``parameterless=True`` makes skips, pools and identities removable too, which the paper cannot: each gets one
+    trainable scalar, at first 1, that multiplies its output. ``space.model`` is then a module of its own, an
+    ``fx.GraphModule`` that computes what ``model`` does and shares its parameters, with the scalars beside them
+    (``scalars.<name>``): train that one. ``construct`` removes a zero scalar's structure, lets a scalar of 1
+    vanish and folds any other into a linear layer before or after it; where there is none it stays, as one
+    parameter of the sub-network. The cost counts every scalar that is kept, so that it is an upper bound.
+    A scalar is far larger than a weight: ``saliency="taylor"`` compares both by what they do to the loss.
+
+    >>> space = search_space(Net(), (torch.randn(3, 4),), parameterless=True)
+    >>> [s.name for s in space.structures]
+    ['a', 'b']
+
     Raises :class:`TraceError` if the model cannot be traced, :class:`SpaceError` for an unknown level or a
     ``keep`` that matches nothing.
     """
@@ -229,7 +243,13 @@ def search_space(
         raise SpaceError(f"unknown level {unknown[0] if unknown else '()'!r}: there is 'segment'.")
     traced = trace(model, args, kwargs)
     graph = segment_graph(traced)
-    structures, kept = structures_of(traced, graph, _protected(model, keep))
+    protected = _protected(model, keep)
+    refused: Mapping[str, str] = {}
+    if parameterless:
+        made = scaled(traced, graph, protected)
+        traced, graph, refused = made.trace, made.graph, made.refused
+    structures, kept = structures_of(traced, graph, protected)
+    kept.update(refused)
     return SearchSpace(traced, graph, structures, kept)
 
 

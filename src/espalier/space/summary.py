@@ -61,6 +61,8 @@ def summarize(space: "SearchSpace") -> Summary:
             own = sum(sizes[p] for p in segment.parameters)
             work = sum(macs.get(n, 0) for n in segment.nodes)
             rows.append(Row(segment.name, "segment", own, work, False, space.kept[segment.name]))
+    segments = {segment.name for segment in space.graph}
+    rows += [Row(name, "segment", 0, 0, False, space.kept[name]) for name in space.kept if name not in segments]
     return Summary(tuple(rows), space.trace.notes)
 
 
