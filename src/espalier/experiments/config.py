@@ -30,6 +30,7 @@ class Run:
         sparsity, params: what is asked for: structures to remove, or parameters that may stay, as fractions.
         at_end: remove at the very last step, with no training after it: the way to the sub-network without fine-tuning
             for a method that does not train towards it.
+        saliency: a name in ``espalier.saliency.SALIENCIES``, for the half-space family.
         search, projection: shares of all steps: the search phase (warm-up), and the way to zero.
         cycles: shares of all steps; in each, the rate falls from ``lr`` to ``lr_end`` along a cosine.
         search_lr: instead of ``lr`` in the first cycle.
@@ -72,6 +73,7 @@ class Run:
     watched: int = 50
     construct_early: bool = False
     at_end: bool = False
+    saliency: str = "cosine_magnitude"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 import espalier
 from espalier.experiments.config import Run
-from espalier.saliency import Saliency, magnitude
+from espalier.saliency import magnitude, random
 from espalier.space.budget import Budget
 from espalier.space.search_space import SearchSpace
 
@@ -24,10 +24,10 @@ def make_optimizer(run: Run, space: SearchSpace, model: nn.Module, steps: int) -
     phases = {"warmup_steps": search, "projection_steps": to_zero}
     budget, _ = nearest(run, space)
     if run.method in ("magnitude", "random"):
-        scores = magnitude if run.method == "magnitude" else _shuffled(len(space), run.seed)
+        scores = magnitude if run.method == "magnitude" else random(run.seed)
         return espalier.H2SPG(space, budget=budget, saliency=scores, **phases, **base)
     kind = {"h2spg": "H2SPG", "dhspg": "DHSPG", "proxsg+": "ProxSGPlus"}[run.method]
-    return getattr(espalier, kind)(space, budget=budget, **phases, **base)
+    return getattr(espalier, kind)(space, budget=budget, saliency=run.saliency, **phases, **base)
 
 
 def nearest(run: Run, space: SearchSpace) -> tuple[Budget, str]:
@@ -45,8 +45,3 @@ def nearest(run: Run, space: SearchSpace) -> tuple[Budget, str]:
         return budget, ""
     words = f"{asked} of {len(space)} structures were asked for; {most} can go together, and they went"
     return Budget(structures=1.0 - most / len(space)), words
-
-
-def _shuffled(count: int, seed: int) -> Saliency:
-    scores = torch.rand(count, generator=torch.Generator().manual_seed(1000 + seed))
-    return lambda space, state: scores.to(state.weight_sq)

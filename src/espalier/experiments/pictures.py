@@ -78,5 +78,5 @@ def _space(run: Run) -> SearchSpace:
     data = splits(run)
     channels = data.train.shape[0]
     model = build(run.network, run.width, channels, data.train.classes, data.size)
-    options: dict[str, Any] = {"parameterless": True} if run.parameterless else {}
-    return search_space(model, (torch.zeros(2, channels, data.size, data.size),), **options)
+    example = torch.zeros(2, channels, data.size, data.size)
+    return search_space(model, (example,), parameterless=run.parameterless)

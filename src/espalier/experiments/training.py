@@ -46,8 +46,7 @@ class Training:
         model = build(run.network, run.width, shape[0], classes, self.splits.size)
         model = model.to(team.device).to(memory_format=_LAYOUT)  # type: ignore[call-overload]
         self.example = torch.zeros(2, shape[0], self.splits.size, self.splits.size, device=team.device)
-        options: dict[str, Any] = {"parameterless": True} if run.parameterless else {}
-        self.space = search_space(model, (self.example,), **options)
+        self.space = search_space(model, (self.example,), parameterless=run.parameterless)
         self.network: nn.Module = self.space.model
         self.batches: Batches = self.splits.batches(run, team.device, team.rank, team.world)
         self.per_epoch = len(self.batches)
