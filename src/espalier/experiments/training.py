@@ -194,7 +194,7 @@ class Training:
         Until then, every method takes the base optimizer's own steps, and only looks at the saliency.
         """
         stop = max(1, self.search_steps - self.run.watched)
-        plain = replace(self.run, method="full", sparsity=None, params=None, shared=False, projection=0.0)
+        plain = replace(self.run, method="full", sparsity=None, params=None, shared=False, projection=0.0, watched=50)
         path = self.folder.parent / f"shared-{plain.name}-{plain.digest}" / f"{stop}.pt"
         if not path.exists():
             first = Training(plain, path.parent, self.team, self.console)

@@ -41,7 +41,7 @@ def _grid(base: Run, seeds: int, rest: tuple[float, ...]) -> tuple[Run, ...]:
     At ``rest``, magnitude and random removal are also trained on. What the rivals have one seed of, at short, is
     what costs a training each.
     """
-    end = replace(base, at_end=True)
+    end = replace(base, at_end=True, watched=5)
     runs = [replace(end, seed=seed) for seed in range(seeds)]
     for sparsity in SPARSITIES:
         for seed in range(seeds):

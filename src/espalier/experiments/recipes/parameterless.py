@@ -50,7 +50,8 @@ RECIPES = (
         published={},
         notes=(
             "Not in the paper, which keeps operations without parameters and names this as its limit.",
-            "Both spaces get the same budget of parameters, and the Taylor saliency, which compares scalars with weights.",
+            "Both spaces get the same budget of parameters, and the Taylor saliency, which compares scalars "
+            "with weights.",
         ),
     ),
 )
