@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from espalier.report.inspection import inspect
 
         inspect(command.factory, command.input, command.levels, command.keep, command.out, command.svg, console)
-    except (EspalierError, OSError) as error:
+    except (EspalierError, OSError, ImportError) as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:

@@ -24,6 +24,7 @@ class Run:
         network, width: a name in ``experiments.networks`` and its factor on the channels.
         dataset, images, size: the data; how many training images (None: all) and their side (None: as published;
             images are shrunk by averaging). ``stand_in`` takes made-up images of the dataset's shape instead.
+        crop: side of the square cut out of larger images, at random to train on, else the middle; 0: all of it.
         validation: training images that are held out.
         method: "full" trains everything; "magnitude" and "random" remove at once, after the search phase, valid sets
             in ascending magnitude or in random order, and train on; the others are the half-space family.
@@ -68,6 +69,7 @@ class Run:
     flip: bool = False
     cutout: int = 0
     mixup: float = 0.0
+    crop: int = 0
     parameterless: bool = False
     shared: bool = False
     watched: int = 50

@@ -106,6 +106,7 @@ def smoke(run: Run) -> Run:
         network=network,
         width=width,
         size=size,
+        crop=0,
         stand_in=True,
         params=None if run.params is None else max(run.params, 0.6),
         images=96,

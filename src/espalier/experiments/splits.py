@@ -28,14 +28,12 @@ class Splits:
 
     def batches(self, run: Run, device: torch.device, rank: int = 0, world: int = 1) -> Batches:
         """The training batches, augmented as the run says."""
-        crop = Augment(run.pad, flip=run.flip, cutout=run.cutout, mixup=run.mixup)
-        if 0 in info(run.dataset).shape:
-            crop = replace(crop, size=self.train.shape[1])
+        augment = Augment(run.pad, run.crop or None, flip=run.flip, cutout=run.cutout, mixup=run.mixup)
         return Batches(
             self.train,
             run.batch_size,
             run.seed,
-            crop,
+            augment,
             drop_last=True,
             device=device,
             rank=rank,
@@ -54,18 +52,21 @@ def splits(run: Run) -> Splits:
     if run.images is not None and run.images < len(train):
         rows = stratified(np.asarray(train.labels)[train.rows], [run.images], seed=0)[0]
         train = replace(train, rows=train.rows[rows])
-    side = train.shape[1]
+    side = run.crop or train.shape[1]
     if run.size is not None and side % run.size:
         raise ValueError(f"images of {side} pixels cannot be averaged to {run.size}: size= divides {side}")
     return Splits(train, validation, test, run.size or side)
 
 
-def shrink(images: Tensor, size: int) -> Tensor:
-    """Images averaged to side ``size``.
+def shrink(images: Tensor, size: int, crop: int = 0) -> Tensor:
+    """The central square of side ``crop`` (0: all), averaged to side ``size``.
 
     >>> shrink(torch.tensor([[[[0.0, 2.0], [4.0, 6.0]]]]), 1).item()
     3.0
     """
+    if crop and crop < images.shape[-1]:
+        top, left = ((length - crop) // 2 for length in images.shape[-2:])
+        images = images[..., top : top + crop, left : left + crop]
     factor = images.shape[-1] // size
     return functional.avg_pool2d(images, factor) if factor > 1 else images
 

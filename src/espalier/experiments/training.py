@@ -131,7 +131,9 @@ class Training:
         rows = range(self.team.rank, len(data), self.team.world)
         for start in range(0, len(rows), 250):
             images, labels = data.tensors(list(rows[start : start + 250]))
-            images = shrink(images, self.splits.size).to(self.team.device).contiguous(memory_format=_LAYOUT)
+            images = (
+                shrink(images, self.splits.size, self.run.crop).to(self.team.device).contiguous(memory_format=_LAYOUT)
+            )
             right += int((network(images).argmax(1).cpu() == labels).sum())
             seen += len(labels)
         network.train()

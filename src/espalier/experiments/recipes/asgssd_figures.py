@@ -11,7 +11,7 @@ _PAPER = (
     Run("stacked-unets", "svhn", method="h2spg", params=0.46, pad=4),
     Run("darts8", "stl10", method="h2spg", params=0.158, lr=0.01, validation=500, size=32, clip=5.0, cycles=(0.5, 0.5)),
     replace(FULL, network="super-resnet", method="h2spg", params=0.225),
-    Run("darts14", "imagenet", method="h2spg", params=0.194, batch_size=128, lr=0.01, size=224, flip=True, clip=5.0),
+    Run("darts14", "imagenet", method="h2spg", params=0.192, batch_size=128, lr=0.01, crop=224, flip=True, clip=5.0),
     replace(FULL, method="h2spg", sparsity=0.5),
 )
 _SHORT = (

@@ -14,7 +14,7 @@ _FULL = Run(
     search=50 / 180,
     projection=50 / 180,
     weight_decay=3e-5,
-    size=224,
+    crop=224,
     validation=50_000,
     flip=True,
 )
