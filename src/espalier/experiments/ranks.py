@@ -45,6 +45,11 @@ class Team:
         if self.world > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """Part from the others."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
 
 def join(device: str = "cpu") -> Team:
     """Take part in what torchrun started, or be alone.

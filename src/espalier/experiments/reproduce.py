@@ -19,8 +19,15 @@ from espalier.experiments.logs import explain_logs
 from espalier.experiments.ranks import join
 from espalier.experiments.recipe import Recipe, Scale, all_recipes, cuts, find
 from espalier.experiments.training import train
+from espalier.report.operators import quantity
 
 __all__ = ["Reproduce", "Row", "reproduce", "rows"]
+
+
+_MODULES = tuple(
+    f"python -m espalier.experiments.{name}"
+    for name in ("chita", "gsparsity", "gsparsity_mlp", "ispasp", "ispasp_resnet", "ispasp_vit", "l0")
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,8 @@ def reproduce(command: Reproduce, console: Console) -> bool:
     """Whether every run was done."""
     if command.name == "list":
         for recipe in all_recipes().values():
-            console.print(f"[bold]{recipe.name}[/]  {recipe.title}")
+            console.print(f"[bold]{recipe.name}[/]  {recipe.title}", soft_wrap=True)
+        console.print(f"Other papers' experiments are modules: {', '.join(_MODULES)}", soft_wrap=True)
         return True
     recipe = find(command.name)
     if command.threads:
@@ -92,6 +100,7 @@ def reproduce(command: Reproduce, console: Console) -> bool:
         console.print(f"{i}/{len(wanted)} {run.name}: {words}, {line['seconds']:.0f} s")
     if team.leads and done:
         _report(recipe, command, root, done, console)
+    team.leave()
     for problem in missing.values():
         console.print(f"[bold red]not done:[/] {problem.replace('[', chr(92) + '[')}", soft_wrap=True)
     return not missing
@@ -140,19 +149,11 @@ def _report(
 ) -> None:
     found = rows(recipe, done)
     table = Table(title=f"{recipe.name}, {command.scale}")
-    for head in (
-        "",
-        "top-1, test (%)",
-        "the paper's",
-        "parameters",
-        "the paper's (M)",
-        "MACs",
-        "the paper's FLOPs (M)",
-    ):
-        table.add_column(head, justify="left" if not head else "right")
+    for head in ("", "top-1, %", "paper", "parameters", "paper, M", "MACs", "paper, FLOPs, M"):
+        table.add_column(head, justify="right" if head else "left", no_wrap=bool(head))
     for row in found:
         paper = recipe.published.get(row.label)
-        sizes = ("", "") if row.refused else (f"{row.params:,.0f}", f"{row.macs:,.0f}")
+        sizes = ("", "") if row.refused else (quantity(round(row.params)), quantity(round(row.macs)))
         published = (paper.accuracy, paper.params, paper.flops) if paper else ("", "", "")
         table.add_row(row.label, row.text, published[0], sizes[0], published[1], sizes[1], published[2])
     console.print(table)
