@@ -96,6 +96,16 @@ class Run:
         return f"{what}-{self.seed}"
 
     @property
+    def way(self) -> str:
+        """The method in words: what removes at once may go on training.
+
+        >>> Run("demonet", "mnist", "random", sparsity=0.5).way
+        'random, trained on'
+        """
+        trained_on = self.method in ("magnitude", "random") and not self.at_end
+        return f"{self.method}, trained on" if trained_on else self.method
+
+    @property
     def digest(self) -> str:
         """Six hexadecimal digits of all fields that are not the default: another configuration has another folder."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}

@@ -39,7 +39,7 @@ def plot_rows(recipe: Recipe, done: Sequence[tuple[Run, Mapping[str, Any]]], pat
         if "refused" in line or (run.method == "full" and recipe.axis == "sparsity"):
             continue
         value = line["params"] if recipe.axis == "params" else getattr(run, recipe.axis)
-        name = f"{run.network}, {run.method}" if recipe.axis == "params" else run.method
+        name = f"{run.network}, {run.method}" if recipe.axis == "params" else run.way
         series.setdefault(name, []).append((float(value), float(line["test"])))
     for name, points in series.items():
         places = sorted({x for x, _ in points})

@@ -61,8 +61,7 @@ def label(run: Run) -> str:
     """The row of a run."""
     if run.method == "full":
         return f"{run.network}, full"
-    then = ", trained on" if run.method in ("magnitude", "random") and not run.at_end else ""
-    return f"{run.method}{then}, {run.sparsity:g}"
+    return f"{run.way}, {run.sparsity:g}"
 
 
 _SMOKE = (
