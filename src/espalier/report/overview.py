@@ -11,6 +11,7 @@ from espalier.space.search_space import SearchSpace
 __all__ = ["draw_space"]
 
 _DEEP = 24
+_SMALL = 30
 
 
 def draw_space(space: SearchSpace, removed: Iterable[str] = (), title: str = "Search space") -> str:
@@ -21,9 +22,11 @@ def draw_space(space: SearchSpace, removed: Iterable[str] = (), title: str = "Se
     >>> draw_space(search_space(nn.Linear(4, 2), (randn(3, 4),)))[:4]
     '<svg'
 
-    Structures are green; those in ``removed`` are dotted and red. :func:`espalier.report.draw.draw_segments` draws
+    Small networks are drawn as they are. Structures are green; those in ``removed`` are dotted and red. :func:`espalier.report.draw.draw_segments` draws
     every segment as a box of its own.
     """
-    figure = condensed(segment_figure(space, removed, title))
+    figure = segment_figure(space, removed, title)
+    if len(figure.vertices) > _SMALL:
+        figure = condensed(figure)
     parts = columns(figure, math.ceil(depth(figure) / _DEEP))
     return draw(parts[0]) if len(parts) == 1 else draw_beside(parts, title)
