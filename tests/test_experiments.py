@@ -72,6 +72,9 @@ def test_prints_our_number_beside_the_papers_and_draws(
     assert "cut width" in shown
     assert (folder / "demonet-h2spg-0.6.svg").read_text().startswith("<svg")
     assert (folder / "plot.png").exists() or "No plot" in shown
+    (folder / "table.json").unlink()
+    assert main(["reproduce", "asgssd-table1", "--no-train", "--no-draw", "--out", str(tmp_path)]) == 0
+    assert len(json.loads((folder / "table.json").read_text())["rows"]) == 2
 
 
 def test_missing_data_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

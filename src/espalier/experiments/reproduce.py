@@ -18,7 +18,7 @@ from espalier.experiments.config import Run
 from espalier.experiments.logs import explain_logs
 from espalier.experiments.ranks import join
 from espalier.experiments.recipe import Recipe, Scale, all_recipes, cuts, find
-from espalier.experiments.training import train
+from espalier.experiments.training import is_done, train
 from espalier.report.operators import quantity
 
 __all__ = ["Reproduce", "Row", "reproduce", "rows"]
@@ -48,6 +48,8 @@ class Reproduce:
     """Threads of torch; 0 leaves it to torch."""
     draw: bool = True
     """Draw the search spaces and plot the accuracies."""
+    train: bool = True
+    """Do the runs; --no-train only reports those that are done."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def reproduce(command: Reproduce, console: Console) -> bool:
         raise EspalierError(f"--only {command.only!r} matches no run of {recipe.name} at scale {command.scale}.")
     done: list[tuple[Run, dict[str, Any]]] = []
     missing: dict[str, str] = {}
+    if not command.train:
+        wanted = [run for run in wanted if is_done(run, root)]
     for i, run in enumerate(wanted, 1):
         try:
             line = train(run, root, team, console)

@@ -29,7 +29,7 @@ from espalier.space.cost import count_macs, count_params
 from espalier.space.search_space import search_space
 from espalier.sparsify.loop import HalfSpace
 
-__all__ = ["Training", "machine", "train"]
+__all__ = ["Training", "is_done", "machine", "train"]
 
 _LAYOUT = torch.channels_last
 
@@ -247,9 +247,9 @@ def train(
     run: Run, root: Path, team: Team, console: Console | None = None, checkpoint_s: float = 30.0
 ) -> dict[str, Any]:
     """Do one run below ``root``, or go on with it, or read its result if it is done."""
-    folder = root / f"{run.name}-{run.digest}"
+    folder = _folder(run, root)
     path = folder / "result.json"
-    if path.exists():
+    if is_done(run, root):
         return json.loads(path.read_text())
     training = Training(run, folder, team, console)
     training.go(checkpoint_s=checkpoint_s)
@@ -260,6 +260,15 @@ def train(
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     team.wait()
     return line
+
+
+def is_done(run: Run, root: Path) -> bool:
+    """Whether the run's result lies below ``root``."""
+    return (_folder(run, root) / "result.json").exists()
+
+
+def _folder(run: Run, root: Path) -> Path:
+    return root / f"{run.name}-{run.digest}"
 
 
 def machine(team: Team) -> dict[str, Any]:
