@@ -22,8 +22,8 @@ def draw_space(space: SearchSpace, removed: Iterable[str] = (), title: str = "Se
     >>> draw_space(search_space(nn.Linear(4, 2), (randn(3, 4),)))[:4]
     '<svg'
 
-    Small networks are drawn as they are. Structures are green; those in ``removed`` are dotted and red. :func:`espalier.report.draw.draw_segments` draws
-    every segment as a box of its own.
+    Small networks are drawn as they are. Structures are green; those in ``removed`` are dotted and red.
+    :func:`espalier.report.draw.draw_segments` draws every segment of any network as a box of its own.
     """
     figure = segment_figure(space, removed, title)
     if len(figure.vertices) > _SMALL:
