@@ -16,6 +16,7 @@ from espalier.errors import SpaceError, TrainingError
 from espalier.saliency import (
     SALIENCIES,
     Saliency,
+    balanced,
     bn_scale,
     magnitude,
     naswot,
@@ -136,6 +137,15 @@ def test_bn_scale_of_slices() -> None:
     assert bn_scale(space, state).tolist() == pytest.approx([5.0, 2.0])
 
 
+def test_balanced() -> None:
+    """Scores 5, 7 of scalars and 0.1, 0.4, 0.3, 0.3 of others: ranks (k - 1/2) / 2 and / 4, the middle of a tie."""
+    size = torch.tensor([1.0, 9.0, 1.0, 9.0, 8.0, 8.0])
+    state: Any = SimpleNamespace(size=size)
+    scores = torch.tensor([5.0, 0.1, 7.0, 0.4, 0.3, 0.3])
+    found = balanced(lambda space, state: scores)(SimpleNamespace(), state)  # type: ignore[arg-type]
+    assert found.tolist() == pytest.approx([0.25, 0.125, 0.75, 0.875, 0.5, 0.5])
+
+
 def test_random() -> None:
     expected = [int.from_bytes(hashlib.sha256(f"3:{n}".encode()).digest()[:6], "big") / 2**48 for n in "ab"]
     assert scored(Sum(1.0, 1.0), column(1, 2), random(seed=3)) == pytest.approx(expected)
@@ -238,7 +248,8 @@ ALL: dict[str, Saliency] = {**SALIENCIES, "zico": zico(BATCHES)}
 
 def test_the_registry_holds_all() -> None:
     assert set(ALL) == {
-        "bn_scale", "cosine_magnitude", "magnitude", "naswot", "ntk", "random", "synflow", "taylor", "zen_score",
+        "balanced", "bn_scale", "cosine_magnitude", "magnitude", "naswot", "ntk", "random", "synflow", "taylor",
+        "zen_score",
         "zico",
     }  # fmt: skip
 
@@ -290,7 +301,7 @@ def test_a_name_stands_for_the_function(name: str) -> None:
 
 def test_unknown_names() -> None:
     space = espalier.search_space(Residual(), (torch.randn(2, 3, 8, 8),))
-    with pytest.raises(TrainingError, match=r"'taylr': there are bn_scale, cosine_magnitude"):
+    with pytest.raises(TrainingError, match=r"'taylr': there are balanced, bn_scale, cosine_magnitude"):
         espalier.H2SPG(space, lr=0.1, saliency="taylr")
     with pytest.raises(TrainingError, match=r"espalier\.saliency\.zico\(\.\.\.\)"):
         espalier.H2SPG(space, lr=0.1, saliency="zico")

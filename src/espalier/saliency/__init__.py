@@ -13,6 +13,7 @@ import inspect
 import pkgutil
 
 from espalier.errors import TrainingError
+from espalier.saliency.balanced import balanced
 from espalier.saliency.bn_scale import bn_scale
 from espalier.saliency.cosine_magnitude import cosine_magnitude
 from espalier.saliency.magnitude import magnitude
@@ -68,6 +69,7 @@ __all__ = [
     "SALIENCIES",
     "Saliency",
     "State",
+    "balanced",
     "bn_scale",
     "cosine_magnitude",
     "magnitude",

@@ -229,7 +229,7 @@ def search_space(
     (``scalars.<name>``): train that one. ``construct`` removes a zero scalar's structure, lets a scalar of 1
     vanish and folds any other into a linear layer before or after it; where there is none it stays, as one
     parameter of the sub-network. The cost counts every scalar that is kept, so that it is an upper bound.
-    A scalar is far larger than a weight: ``saliency="taylor"`` compares both by what they do to the loss.
+    A scalar is far larger than a weight: ``saliency="balanced"`` ranks both kinds apart, or skips hardly ever go.
 
     >>> space = search_space(Net(), (torch.randn(3, 4),), parameterless=True)
     >>> [s.name for s in space.structures]
