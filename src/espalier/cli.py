@@ -1,4 +1,4 @@
-"""The command line: ``espalier inspect``, ``espalier demo``, ``espalier data prepare``, ``espalier nas``."""
+"""The command line: ``espalier inspect``, ``demo``, ``data prepare``, ``nas`` and ``reproduce``."""
 
 import sys
 import warnings
@@ -13,6 +13,7 @@ from rich.progress import Progress, TaskID
 
 from espalier.demo import Demo, run
 from espalier.errors import EspalierError
+from espalier.experiments.reproduce import Reproduce, reproduce
 from espalier.nas.commands import Nas
 
 
@@ -57,6 +58,7 @@ Command = (
     | Annotated[Demo, tyro.conf.subcommand("demo", prefix_name=False)]
     | Annotated[Data, tyro.conf.subcommand("data", prefix_name=False)]
     | Annotated[Nas, tyro.conf.subcommand("nas", prefix_name=False)]
+    | Annotated[Reproduce, tyro.conf.subcommand("reproduce", prefix_name=False)]
 )
 
 
@@ -89,10 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run_nas(command, console)
             return 0
+        if isinstance(command, Reproduce):
+            return 0 if reproduce(command, console) else 2
         from espalier.report.inspection import inspect
 
         inspect(command.factory, command.input, command.levels, command.keep, command.out, command.svg, console)
-    except (EspalierError, OSError) as error:
+    except (EspalierError, OSError, ImportError) as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:

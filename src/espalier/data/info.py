@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from espalier.errors import EspalierError
 
-__all__ = ["DATASETS", "DataError", "DatasetInfo", "info"]
+__all__ = ["DATASETS", "DataError", "DatasetInfo", "NoFolder", "info"]
 
 
 class DataError(EspalierError, RuntimeError):
@@ -16,6 +16,10 @@ class DataError(EspalierError, RuntimeError):
 
 class UnknownDataset(EspalierError, ValueError):
     """No dataset has this name; the message lists those that there are."""
+
+
+class NoFolder(EspalierError, ValueError):
+    """It was not said where the datasets lie; the message says how to."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 
 from espalier.data.dataset import Dataset, stratified
 from espalier.data.digits import digits
-from espalier.data.info import DataError, DatasetInfo, info
+from espalier.data.info import DataError, DatasetInfo, NoFolder, info
 
 __all__ = ["ENVIRONMENT", "data_root", "load", "open_arrays"]
 
@@ -22,7 +22,7 @@ def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     """
     found = root if root is not None else os.environ.get(ENVIRONMENT)
     if not found:
-        raise ValueError(f"no folder for datasets: give root=…, or set {ENVIRONMENT} to a folder")
+        raise NoFolder(f"no folder for datasets: give root=… (--root), or set {ENVIRONMENT} to a folder")
     return Path(found).expanduser()
 
 

@@ -19,6 +19,7 @@ _MARGIN = 22.0
 _RADIUS = 17.0
 _APART = 40.0
 _CAPTION = 34.0
+_ROW = 17.0
 _STATUS = {"candidate": "removable structure", "removed": "redundant: removed", "idle": "no longer needed"}
 
 
@@ -98,6 +99,9 @@ def _size(vertex: Vertex) -> Point:
     if vertex.form == "pill":
         return text_width(vertex.title, 12.5, bold=True) + text_width(vertex.detail, 11) + 40, 28.0
     head = text_width(shorten(vertex.title), 12.5, bold=True)
+    if vertex.rows:
+        widest = max(text_width(shorten(words), 11) for words, _ in vertex.rows)
+        return max(head, widest, 56) + 30, 30.0 + _ROW * len(vertex.rows)
     head += text_width(vertex.note, 11) + 8 if vertex.note else 0
     strip = 12 * min(len(vertex.strip), 16)
     return max(head, text_width(vertex.detail, 10.5), strip, 56) + 30, 54.0 if vertex.strip else 42.0
@@ -175,9 +179,24 @@ def _vertex(vertex: Vertex, centre: Point, size: Point) -> str:
             f'<text class="es-detail" text-anchor="middle" x="{x:.1f}" y="{top + 33:.1f}">'
             f"{escape(vertex.detail)}</text>"
         )
+        parts += _rows(vertex, left, top + 25, width)
         parts += _strip(vertex.strip, x, top + 40)
     parts.append("</g>")
     return "".join(parts)
+
+
+def _rows(vertex: Vertex, left: float, top: float, width: float) -> list[str]:
+    """One line per structure that the box stands for, marked like a box of its own."""
+    parts = []
+    for i, (words, status) in enumerate(vertex.rows):
+        y = top + _ROW * i
+        mark = f" es-{status}" if status else ""
+        box = f'<rect x="{left + 7:.1f}" y="{y:.1f}" width="{width - 14:.1f}" height="14" rx="4"/>'
+        text = (
+            f'<text text-anchor="middle" x="{left + width / 2:.1f}" y="{y + 10.6:.1f}">{escape(shorten(words))}</text>'
+        )
+        parts.append(f'<g class="es-row{mark}">{box}{text}</g>')
+    return parts
 
 
 def _strip(kinds: tuple[str, ...], x: float, y: float) -> list[str]:
@@ -194,7 +213,7 @@ def _legend(figures: Sequence[Figure], limit: float) -> tuple[str, float, float]
     """What the colours mean, of those that occur: (SVG, width, height)."""
     vertices = [vertex for figure in figures for vertex in figure.vertices]
     used = {vertex.kind for vertex in vertices} | {kind for vertex in vertices for kind in vertex.strip}
-    statuses = {vertex.status for vertex in vertices}
+    statuses = {vertex.status for vertex in vertices} | {status for vertex in vertices for _, status in vertex.rows}
     entries = [(f"k-{kind}", words) for kind, words in KINDS.items() if kind in used]
     entries += [(f"es-{status}", words) for status, words in _STATUS.items() if status in statuses]
     parts, x, y, widest = ['<g class="es-legend">'], 0.0, 0.0, 0.0

@@ -27,7 +27,8 @@ class Vertex:
     """One box, circle (a joint vertex) or pill (an input or output) of a drawing.
 
     ``kind`` is a key of :data:`espalier.report.operators.KINDS`, or ``io`` or ``segment``. ``strip`` holds
-    the kinds of the nodes within a segment. ``status``: "", ``candidate`` (a structure), ``removed`` (a
+    the kinds of the nodes within a segment. ``rows`` are
+    (text, status) of what one box stands for. ``status``: "", ``candidate`` (a structure), ``removed`` (a
     redundant structure), ``idle`` (nothing rests on it any more).
     """
 
@@ -39,6 +40,7 @@ class Vertex:
     strip: tuple[str, ...] = ()
     tooltip: str = ""
     status: str = ""
+    rows: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
