@@ -12,7 +12,7 @@ from espalier.models.operations import Scaled
 from espalier.nas.genotype import Genotype
 from espalier.nas.space import CellSpace
 from espalier.space.search_space import SearchSpace, search_space
-from espalier.space.structure import Structure
+from espalier.space.structure import Family, Slices
 from espalier.sparsify.grouping import Grouping, named_groups
 
 
@@ -155,18 +155,14 @@ def tie(space: SearchSpace, key: Callable[[str], str]) -> SearchSpace:
     Everything that takes a search space takes this one: H2SPG, ProxSGD through ``space_groups``, ``sample``,
     ``construct``.
     """
-    members: dict[str, list[Structure]] = {}
-    for structure in space.structures:
-        members.setdefault(key(structure.name), []).append(structure)
-    tied = [
-        Structure(
-            name,
-            "segment",
-            tuple(dict.fromkeys(p for s in same for p in s.parameters)),
-            tuple(sorted(i for s in same for i in s.segments)),
-        )
-        for name, same in members.items()
-    ]
+    members: dict[str, list[Family]] = {}
+    for family in space.families:
+        members.setdefault(key(family.name), []).append(family)
+    tied = []
+    for name, same in members.items():
+        parameters = dict.fromkeys(p for f in same for p in f.parameters)
+        segments = tuple(sorted(i for f in same for i in f.segments))
+        tied.append(Family("segment", name, 1, tuple(map(Slices, parameters)), segments=segments))
     return SearchSpace(space.trace, space.graph, tied, space.kept)
 
 

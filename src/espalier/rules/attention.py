@@ -86,7 +86,7 @@ def attention(build: Build, node: fx.Node, values: list[Value]) -> Any:
     fits = all(isinstance(v, fx.Node) or (isinstance(v, Narrowed) and set(v.kept) == {last}) for v in values[:3])
     if build.shared(node) or last != 2 or not fits or layer.bias_k is not None or layer.add_zero_attn:
         return None
-    values = [build.put_back(v) if _holds_constants(v) else v for v in values]
+    values = [build.put_back(v) if isinstance(v, Narrowed) and not v.background.is_zero else v for v in values]
     mask, known = _mask(build, node, values)
     if not known:
         return None
@@ -112,10 +112,6 @@ def attention(build: Build, node: fx.Node, values: list[Value]) -> Any:
     out = _linear(build, out, f"{node.target}.out_proj", weight, bias, value[0] if several else value)
     made: Value = Narrowed(out, {last: kept_out[0]}, shape, ZERO) if 0 in kept_out else out
     return [made] if several else made
-
-
-def _holds_constants(value: Value) -> bool:
-    return isinstance(value, Narrowed) and not value.background.is_zero
 
 
 def _project(
