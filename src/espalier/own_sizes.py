@@ -18,8 +18,11 @@ from espalier.space.reduce import Reduced
 
 
 def in_place(trace: Trace, model: nn.Module, small: Reduced) -> nn.Module | None:
-    """A copy of ``model`` with every layer, parameter and size that differs replaced; None if an operator is new."""
-    if any(_is_new(node) for node in small.module.graph.nodes):
+    """A copy of ``model`` with every layer, parameter and size that differs replaced.
+
+    None if the sub-network has an operator that the model has not, or lacks a layer that the model calls.
+    """
+    if any(_is_new(node) for node in small.module.graph.nodes) or _calls(trace.graph) - _calls(small.module.graph):
         return None
     whole = with_own_tree(model)
     before = dict(model.named_modules(remove_duplicate=False))
@@ -30,6 +33,10 @@ def in_place(trace: Trace, model: nn.Module, small: Reduced) -> nn.Module | None
     for path, old, new in _changed_sizes(trace, small):
         _resize(whole, path, old, new)
     return whole
+
+
+def _calls(graph: fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
 
 
 def _is_new(node: fx.Node) -> bool:
