@@ -116,7 +116,7 @@ def prune_layers(
     check_pairs(model, pairs, first)
     if moments is None:
         moments = collect(model, [pair.consumers[0] for pair in pairs], batches)
-    problems = [_problem(model, pair, moments[pair.consumers[0]], ridge) for pair in pairs]
+    problems = [problem_of(model, pair, moments[pair.consumers[0]], ridge) for pair in pairs]
     if sizes is None:
         path = PATHS[method] if isinstance(method, str) and method in PATHS else omp_path
         curves = [path(problem).errors / max(problem.energy, 1e-300) for problem in problems]
@@ -134,9 +134,9 @@ def prune_layers(
         problem = problems[index]
         if index:  # the first pair's inputs are still the dense ones
             paired = collect_paired(model, student, [pair.consumers[0]], batches, known=moments)
-            problem = _problem(model, pair, paired[pair.consumers[0]], ridge)
+            problem = problem_of(model, pair, paired[pair.consumers[0]], ridge)
         results.append(_result(model, pair, problem, size, select))
-        _write(student, results[-1])
+        write_back(student, results[-1])
     return results
 
 
@@ -164,7 +164,7 @@ def prune_together(
             for pair, scale, weight in zip(pairs, scales, weights, strict=True):
                 _store(student, pair, weight / scale[:, None], None)
             found = collect_paired(model, student, names, data)
-        return [_problem(model, pair, found[name], ridge) for pair, name in zip(pairs, names, strict=True)]
+        return [problem_of(model, pair, found[name], ridge) for pair, name in zip(pairs, names, strict=True)]
 
     selections = auxiliary_layers(problems, sizes, options)
     return [
@@ -240,7 +240,7 @@ def narrow(model: nn.Module, results: Sequence[LayerResult]) -> nn.Module:
     """
     small = copy.deepcopy(model)
     for result in results:
-        _write(small, result)
+        write_back(small, result)
     for result in results:
         pair, support = result.pair, result.selection.support
         for name in (*pair.producers, *pair.via):
@@ -264,7 +264,8 @@ def _result(model: nn.Module, pair: Pair, problem: Reconstruction, size: int, se
     return LayerResult(pair, problem.units, problem.block, selection)
 
 
-def _problem(model: nn.Module, pair: Pair, moments: Any, ridge: float) -> Reconstruction:
+def problem_of(model: nn.Module, pair: Pair, moments: Any, ridge: float) -> Reconstruction:
+    """What the pair's consumer is to reproduce, from the moments of its input."""
     weight = torch.cat([_weight(model, name).flatten(1) for name in pair.consumers]).double()
     scale = _scale(model, pair).to(weight)
     return from_moments(moments, scale[:, None] * weight, block=pair.block(model), ridge=ridge)
@@ -292,7 +293,7 @@ def _unscaled(selection: Selection, scale: Tensor) -> Selection:
 
 
 @torch.no_grad()
-def _write(model: nn.Module, result: LayerResult) -> None:
+def write_back(model: nn.Module, result: LayerResult) -> None:
     """Put a result into a model of the dense shape: removed columns become zero."""
     chosen = result.selection
     full = chosen.weights.new_zeros(len(chosen.weights), result.units * result.block)

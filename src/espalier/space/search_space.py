@@ -52,6 +52,7 @@ class SearchSpace:
         self.kept = dict(kept)
         self.families = tuple(families)
         self.structures = Structures(self.families)
+        self.options: dict[str, Any] = {"levels": tuple(dict.fromkeys(f.level for f in families))}
         self._constants: dict[int, Constant | str] = {}
         products = frozenset(s.index for s in graph if s.joint and s.nodes[0].target is aten.mul.Tensor)
         self.validity = Validity(graph, products, self.constant)
@@ -59,6 +60,10 @@ class SearchSpace:
     @property
     def model(self) -> nn.Module:
         return self.trace.model
+
+    def of(self, model: nn.Module) -> "SearchSpace":
+        """The space of another model of this architecture (a copy with other weights), made with the same options."""
+        return search_space(model, self.trace.args, self.trace.kwargs, **self.options)
 
     def __len__(self) -> int:
         return len(self.structures)
@@ -322,7 +327,9 @@ def search_space(
         families += axis_families(axes, traced.model, levels, names)
     if "kernel" in levels:
         families += kernel_families(traced.model, held, {f.name for f in families})
-    return SearchSpace(traced, graph, families, kept, axes)
+    space = SearchSpace(traced, graph, families, kept, axes)
+    space.options = {"levels": tuple(levels), "keep": tuple(keep), "parameterless": parameterless}
+    return space
 
 
 def _protected(model: nn.Module, keep: Sequence[Keep]) -> set[str]:
