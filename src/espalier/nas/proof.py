@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--scale", default="short")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--only", nargs="+", help="only runs whose label has one of these parts")
     parser.add_argument("--out", type=Path, default=Path("runs/nas"))
     parser.add_argument("--table", type=Path, help="print the lines of this file as tables, and do nothing else")
     args = parser.parse_args()
@@ -42,6 +43,8 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     for recipe, label in _ablation(args) if args.ablation else _recipes(args):
+        if args.only and not any(part in label for part in args.only):
+            continue
         one(recipe, label, args.out, trains=not args.ablation)
 
 
