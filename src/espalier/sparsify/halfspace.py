@@ -24,7 +24,6 @@ from espalier.saliency import Saliency, named
 from espalier.space.budget import Budget, check_feasible, estimate, meet
 from espalier.space.search_space import SearchSpace
 from espalier.sparsify import foreach
-from espalier.sparsify.foreach import norms
 from espalier.sparsify.loop import HalfSpace
 
 
@@ -103,7 +102,7 @@ class H2SPG(HalfSpace):
 
     def saliency_scores(self) -> dict[str, float]:
         """The averaged saliency of every structure."""
-        return dict(zip((s.name for s in self.space.structures), self._scores.tolist(), strict=True))
+        return dict(zip(self.space.structures.names, self._scores.tolist(), strict=True))
 
     def choose(self, ascending: list[str]) -> list[str]:
         """Which structures to drive to zero, given their names in ascending saliency (Algorithm 3, lines 2 to 11)."""
@@ -125,19 +124,20 @@ class H2SPG(HalfSpace):
 
     def _ascending(self) -> list[str]:
         order = torch.sort(self._scores, stable=True).indices.tolist()
-        return [self.space.structures[i].name for i in order]
+        names = self.space.structures.names
+        return [names[i] for i in order]
 
     def _search(self) -> None:
         self._mark(self.choose(self._ascending()))
 
-    def _move(self, tensors: list[nn.Parameter], before: list[Tensor], left: int) -> None:
+    def _move(self, moving: list[Tensor], before: list[Tensor], left: int) -> None:
         """``y = (1 - 1 / left) x - lr g`` for all groups on their way to zero."""
-        foreach.add_(tensors, tensors, alpha=-1.0 / left)
-        self._descend(tensors)
+        foreach.add_(moving, moving, alpha=-1.0 / left)
+        self._descend(moving)
 
-    def _descend(self, tensors: list[nn.Parameter]) -> None:
-        for rate, members in self._by_rate(tensors):
-            pairs = [(t, t.grad) for t in members if t.grad is not None]
+    def _descend(self, moving: list[Tensor]) -> None:
+        for rate, rows in self._by_rate():
+            pairs = [(moving[k], g) for k in rows if (g := self._heading.tensors[k].grad) is not None]
             if pairs:
                 foreach.add_([t for t, _ in pairs], [g for _, g in pairs], alpha=-rate)
 
@@ -225,14 +225,13 @@ class ProxSGPlus(H2SPG):
             saliency=saliency, smoothing=smoothing, score_every=score_every, **base_arguments,
         )  # fmt: skip
 
-    def _move(self, tensors: list[nn.Parameter], before: list[Tensor], left: int) -> None:
-        self._descend(tensors)
-        norm = self.groups.sum(norms(tensors).square(), self._rows).sqrt()
-        rate = self._rates()
-        shrunk = (1.0 - rate * self.lam / norm[self.groups.group[self._rows]]).clamp_min(0.0)
-        foreach.mul_(tensors, shrunk.nan_to_num(0.0).to(tensors[0].dtype).unbind())
+    def _move(self, moving: list[Tensor], before: list[Tensor], left: int) -> None:
+        self._descend(moving)
+        norm = self._heading.at(self._heading.squares(moving).sqrt(), none=torch.inf)
+        shrunk = (1.0 - self._rates() * self.lam / norm).clamp_min(0.0)
+        foreach.mul_(moving, self._heading.factors(shrunk.nan_to_num(0.0).to(moving[0].dtype)))
 
-    def _gone(self, tensors: list[nn.Parameter], before: list[Tensor]) -> Tensor | None:
+    def _gone(self, moving: list[Tensor], before: list[Tensor]) -> Tensor | None:
         return None
 
     def _provenance(self) -> dict[str, Any]:
@@ -298,18 +297,18 @@ class HSPG(HalfSpace):
 
     def _search(self) -> None:
         """All groups are penalised from the start, and ``base`` goes on training them."""
-        self._head_for_zero(range(len(self.groups.tensors)))
+        self._head_for_zero(range(len(self.space)))
 
     def _warm_up(self) -> None:
-        before = [t.clone() for t in self._shrinking]
+        before = [t.clone() for t in self._heading.tensors]
         self.base.step()
-        self._move(self._shrinking, before, 0)
+        self._move(list(self._heading.tensors), before, 0)
 
-    def _move(self, tensors: list[nn.Parameter], before: list[Tensor], left: int) -> None:
+    def _move(self, moving: list[Tensor], before: list[Tensor], left: int) -> None:
         """``- lr lam x / |x|``, where the group x is not zero."""
-        norm = self.groups.sum(norms(before).square(), self._rows).sqrt()
-        pull = (self._rates() * self.lam / norm[self.groups.group]).nan_to_num(0.0, posinf=0.0)
-        foreach.add_(tensors, foreach.mul(before, pull.to(tensors[0].dtype).unbind()), alpha=-1.0)
+        norm = self._heading.at(self._heading.squares(before).sqrt(), none=torch.inf)
+        pull = (self._rates() * self.lam / norm).nan_to_num(0.0, posinf=0.0).to(moving[0].dtype)
+        foreach.add_(moving, foreach.mul(before, self._heading.factors(pull, torch.add)), alpha=-1.0)
 
     def _finish(self) -> None:
         self._mark(self._zero_names())
