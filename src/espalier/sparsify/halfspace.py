@@ -11,6 +11,7 @@ ProxSG+     as H2SPG                                   proximal, with one lambda
 ==========  =========================================  ===============================================
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,8 @@ from espalier.space.budget import Budget, check_feasible, estimate, meet
 from espalier.space.search_space import SearchSpace
 from espalier.sparsify import foreach
 from espalier.sparsify.loop import HalfSpace
+
+LISTED = 50_000  # a solution's file names the saliency of so many structures, not of millions of kernels
 
 
 class H2SPG(HalfSpace):
@@ -146,8 +149,11 @@ class H2SPG(HalfSpace):
         return self.redundant or tuple(self.choose(self._ascending()))
 
     def _provenance(self) -> dict[str, Any]:
-        kept = {name: round(score, 6) for name, score in self.saliency_scores().items()}
-        return {"budget": vars(self.budget), "saliency": kept}
+        """The budget and, of up to ``LISTED`` structures, each one's saliency."""
+        about: dict[str, Any] = {"budget": vars(self.budget)}
+        if len(self.space) <= LISTED:
+            about["saliency"] = {name: round(score, 6) for name, score in self.saliency_scores().items()}
+        return about
 
     def _buffers(self) -> dict[str, Tensor]:
         return {**super()._buffers(), "scores": self._scores}
@@ -171,15 +177,23 @@ class DHSPG(H2SPG):
     espalier.errors.InvalidSolution: the joint vertex 'add' keeps no input: all that enter it are removed ...
 
     :class:`H2SPG` without its hierarchy (Chen et al., "OTOv2", 2023), for comparison. ``solution()`` raises
-    :class:`InvalidSolution` where the network does not survive. ``budget`` bounds structures only.
+    :class:`InvalidSolution` where the network does not survive: segments around a joint vertex that all go, or all
+    channels of a family. Parameters and MACs are those of ``space.reachable_cost``.
     """
 
     def choose(self, ascending: list[str]) -> list[str]:
-        return ascending[: self.budget.structures_to_remove(len(self.space))]
+        least, most = self.budget.structures_to_remove(len(self.space)), len(ascending)
+        if self.budget.params is None and self.budget.macs is None:
+            return ascending[:least]
+        return ascending[: bisect_left(range(most), True, least, key=lambda n: self._within(ascending[:n]))]
+
+    def _within(self, removed: list[str]) -> bool:
+        full, cost = self.space.reachable_cost(()), self.space.reachable_cost(removed)
+        return self.budget.met_by(cost.params / max(full.params, 1), cost.macs / max(full.macs, 1))
 
     def _check_budget(self) -> None:
-        if self.budget.structures is None:
-            raise BudgetError("DHSPG takes a budget of structures: Budget(structures=0.5).")
+        if not self._within(list(self.space.structures.names)):
+            raise BudgetError(f"{self.budget} cannot be met, not even without all {len(self.space)} structures.")
 
 
 class ProxSGPlus(H2SPG):

@@ -126,7 +126,8 @@ class HalfSpace(Optimizer):
         """The last step of the hybrid phase: all redundant groups are zero from here on."""
         if self._heading.tensors:
             self._left_over.copy_(self._heading.squares(self._heading.tensors).sqrt())
-            foreach.zero_(self._heading.tensors[: self._heading.whole])
+            if self._heading.whole:
+                foreach.zero_(self._heading.tensors[: self._heading.whole])
         self._hold()
         self._head_for_zero(())
 
@@ -185,9 +186,8 @@ class HalfSpace(Optimizer):
 
     def _put_back(self, apart: list[Tensor]) -> None:
         """The redundant slices go where they were moved; the rest of each tensor stays as ``base`` left it."""
-        held = {id(t): where for t, where in self._held}
-        for tensor, moved in zip(self._heading.tensors[self._heading.whole :], apart, strict=True):
-            torch.where(held[id(tensor)], moved, tensor, out=tensor)
+        for (tensor, where), moved in zip(self._held, apart, strict=True):
+            torch.where(where, moved, tensor, out=tensor)
 
     def _hold(self) -> None:
         """Redundant slices are zero, whatever ``base`` did to them."""
