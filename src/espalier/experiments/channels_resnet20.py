@@ -39,7 +39,7 @@ class Recipe:
 
     method: str = "h2spg"
     macs: float = 0.5
-    epochs: int = 6
+    epochs: int = 3
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -100,7 +100,7 @@ class Run:
                 warmup_steps=max(1, int(recipe.warmup * self.steps)),
                 projection_steps=max(1, int(recipe.projection * self.steps)), **sgd,
             )  # fmt: skip
-        self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.opt, self.steps)
         self.seconds = 0.0
 
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/channels"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["h2spg", "magnitude"])
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.25])
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--saliency", default="cosine_magnitude")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", action="store_true", help="look at the test images, too")

@@ -65,6 +65,12 @@ class H2SPG(HalfSpace):
       and stay so.
     - Then ``base`` goes on training what stays.
 
+    Structures of all levels go, in one budget: segments, and with ``search_space(..., levels=("segment", "channel",
+    "head", "kernel"))`` slices of tensors too (OTOv2's zero-invariant groups). Slices take the same steps, while
+    ``base`` trains the rest of their tensor; once zero they stay so, whatever momentum or weight decay do. ``base``
+    treats elements one by one here: one that mixes a tensor's elements (LBFGS, Muon) sees the gradients of zero
+    slices as well. Where groups overlap, an element is zero as soon as one of its groups is.
+
     Raises :class:`SpaceError` for an empty search space, :class:`BudgetError` if the budget cannot be met (at
     once, before any training), :class:`TrainingError` for gradients that are not finite (before any parameter
     is touched; on an accelerator one step later, so that a step never waits for the device) and for parameters
@@ -215,7 +221,8 @@ class ProxSGPlus(H2SPG):
     A redundant group x takes ``y = x - lr g``, then ``max(0, 1 - lr lam / |y|) y``, the proximal map of the group
     lasso with one ``lam`` for all (Xiao & Zhang, 2014). A group that is zero may come back, and nothing makes
     it arrive in time: what is not zero at the last of the ``projection_steps`` is put to zero there, so that the
-    budget holds; :meth:`left_over` says how much that was. All else is as in :class:`H2SPG`.
+    budget holds; :meth:`left_over` says how much that was. Where groups overlap, their factors multiply. All else is
+    as in :class:`H2SPG`.
     """
 
     def __init__(
