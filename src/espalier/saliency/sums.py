@@ -10,22 +10,22 @@ from espalier.space.structure import Slices
 
 def sums(space: SearchSpace, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Add up ``values`` (one tensor per parameter, of its shape) over each structure's slices [structures]."""
-    place = {structure.name: i for i, structure in enumerate(space.structures)}
     some = next(iter(values.values()))
-    total = torch.zeros(len(place), dtype=some.dtype, device=some.device)
-    for family in space.families:
-        at = torch.tensor([place[name] for name in family.names], device=some.device)
+    total = torch.zeros(len(space), dtype=some.dtype, device=some.device)
+    for family, start in zip(space.families, space.structures.offsets.tolist(), strict=False):
         for slices in family.slices:
             if slices.parameter in values:
-                total.index_add_(0, *_per_structure(values[slices.parameter], slices, at))
+                owner, each = _per_slice(values[slices.parameter], slices)
+                total.index_add_(0, owner + start, each)
     return total
 
 
-def _per_structure(value: torch.Tensor, slices: Slices, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(structure, sum) of each slice."""
+def _per_slice(value: torch.Tensor, slices: Slices) -> tuple[torch.Tensor, torch.Tensor]:
+    """(position in the family, sum) of each slice that belongs to one."""
     if slices.dim is None or slices.owner is None:
-        return at, value.sum().expand(len(at))
+        return torch.zeros(1, dtype=torch.long, device=value.device), value.sum().reshape(1)
     owner = slices.owner.to(value.device)
     inside = owner >= 0
-    per_index = value.movedim(slices.dim, 0).reshape(len(owner), -1).sum(1)
-    return at[owner[inside]], per_index[inside]
+    others = [d for d in range(value.ndim) if not slices.dim <= d < slices.dim + owner.ndim]
+    per_slice = value.sum(others) if others else value
+    return owner[inside], per_slice[inside]

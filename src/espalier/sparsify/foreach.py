@@ -31,9 +31,9 @@ def sub(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_sub(list(tensors), list(others)))
 
 
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of each tensor, as one vector, at least in single precision."""
-    stacked = torch.stack(list(torch._foreach_norm(list(tensors))))
+def norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """Norm of each tensor (by default the Euclidean one), as one vector, at least in single precision."""
+    stacked = torch.stack(list(torch._foreach_norm(list(tensors), order)))
     return stacked if stacked.dtype == torch.float64 else stacked.float()
 
 

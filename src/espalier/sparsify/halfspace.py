@@ -11,6 +11,7 @@ ProxSG+     as H2SPG                                   proximal, with one lambda
 ==========  =========================================  ===============================================
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -24,8 +25,9 @@ from espalier.saliency import Saliency, named
 from espalier.space.budget import Budget, check_feasible, estimate, meet
 from espalier.space.search_space import SearchSpace
 from espalier.sparsify import foreach
-from espalier.sparsify.foreach import norms
 from espalier.sparsify.loop import HalfSpace
+
+LISTED = 50_000  # a solution's file names the saliency of so many structures, not of millions of kernels
 
 
 class H2SPG(HalfSpace):
@@ -62,6 +64,12 @@ class H2SPG(HalfSpace):
       line to zero at the last step; every ``test_every`` steps, groups with ``<y, x> < epsilon |x|²`` become zero
       and stay so.
     - Then ``base`` goes on training what stays.
+
+    Structures of all levels go, in one budget: segments, and with ``search_space(..., levels=("segment", "channel",
+    "head", "kernel"))`` slices of tensors too (OTOv2's zero-invariant groups). Slices take the same steps, while
+    ``base`` trains the rest of their tensor; once zero they stay so, whatever momentum or weight decay do. ``base``
+    treats elements one by one here: one that mixes a tensor's elements (LBFGS, Muon) sees the gradients of zero
+    slices as well. Where groups overlap, an element is zero as soon as one of its groups is.
 
     Raises :class:`SpaceError` for an empty search space, :class:`BudgetError` if the budget cannot be met (at
     once, before any training), :class:`TrainingError` for gradients that are not finite (before any parameter
@@ -103,7 +111,7 @@ class H2SPG(HalfSpace):
 
     def saliency_scores(self) -> dict[str, float]:
         """The averaged saliency of every structure."""
-        return dict(zip((s.name for s in self.space.structures), self._scores.tolist(), strict=True))
+        return dict(zip(self.space.structures.names, self._scores.tolist(), strict=True))
 
     def choose(self, ascending: list[str]) -> list[str]:
         """Which structures to drive to zero, given their names in ascending saliency (Algorithm 3, lines 2 to 11)."""
@@ -125,19 +133,20 @@ class H2SPG(HalfSpace):
 
     def _ascending(self) -> list[str]:
         order = torch.sort(self._scores, stable=True).indices.tolist()
-        return [self.space.structures[i].name for i in order]
+        names = self.space.structures.names
+        return [names[i] for i in order]
 
     def _search(self) -> None:
         self._mark(self.choose(self._ascending()))
 
-    def _move(self, tensors: list[nn.Parameter], before: list[Tensor], left: int) -> None:
+    def _move(self, moving: list[Tensor], before: list[Tensor], left: int) -> None:
         """``y = (1 - 1 / left) x - lr g`` for all groups on their way to zero."""
-        foreach.add_(tensors, tensors, alpha=-1.0 / left)
-        self._descend(tensors)
+        foreach.add_(moving, moving, alpha=-1.0 / left)
+        self._descend(moving)
 
-    def _descend(self, tensors: list[nn.Parameter]) -> None:
-        for rate, members in self._by_rate(tensors):
-            pairs = [(t, t.grad) for t in members if t.grad is not None]
+    def _descend(self, moving: list[Tensor]) -> None:
+        for rate, rows in self._by_rate():
+            pairs = [(moving[k], g) for k in rows if (g := self._heading.tensors[k].grad) is not None]
             if pairs:
                 foreach.add_([t for t, _ in pairs], [g for _, g in pairs], alpha=-rate)
 
@@ -146,8 +155,11 @@ class H2SPG(HalfSpace):
         return self.redundant or tuple(self.choose(self._ascending()))
 
     def _provenance(self) -> dict[str, Any]:
-        kept = {name: round(score, 6) for name, score in self.saliency_scores().items()}
-        return {"budget": vars(self.budget), "saliency": kept}
+        """The budget and, of up to ``LISTED`` structures, each one's saliency."""
+        about: dict[str, Any] = {"budget": vars(self.budget)}
+        if len(self.space) <= LISTED:
+            about["saliency"] = {name: round(score, 6) for name, score in self.saliency_scores().items()}
+        return about
 
     def _buffers(self) -> dict[str, Tensor]:
         return {**super()._buffers(), "scores": self._scores}
@@ -171,15 +183,23 @@ class DHSPG(H2SPG):
     espalier.errors.InvalidSolution: the joint vertex 'add' keeps no input: all that enter it are removed ...
 
     :class:`H2SPG` without its hierarchy (Chen et al., "OTOv2", 2023), for comparison. ``solution()`` raises
-    :class:`InvalidSolution` where the network does not survive. ``budget`` bounds structures only.
+    :class:`InvalidSolution` where the network does not survive: segments around a joint vertex that all go, or all
+    channels of a family. Parameters and MACs are those of ``space.reachable_cost``.
     """
 
     def choose(self, ascending: list[str]) -> list[str]:
-        return ascending[: self.budget.structures_to_remove(len(self.space))]
+        least, most = self.budget.structures_to_remove(len(self.space)), len(ascending)
+        if self.budget.params is None and self.budget.macs is None:
+            return ascending[:least]
+        return ascending[: bisect_left(range(most), True, least, key=lambda n: self._within(ascending[:n]))]
+
+    def _within(self, removed: list[str]) -> bool:
+        full, cost = self.space.reachable_cost(()), self.space.reachable_cost(removed)
+        return self.budget.met_by(cost.params / max(full.params, 1), cost.macs / max(full.macs, 1))
 
     def _check_budget(self) -> None:
-        if self.budget.structures is None:
-            raise BudgetError("DHSPG takes a budget of structures: Budget(structures=0.5).")
+        if not self._within(list(self.space.structures.names)):
+            raise BudgetError(f"{self.budget} cannot be met, not even without all {len(self.space)} structures.")
 
 
 class ProxSGPlus(H2SPG):
@@ -201,7 +221,8 @@ class ProxSGPlus(H2SPG):
     A redundant group x takes ``y = x - lr g``, then ``max(0, 1 - lr lam / |y|) y``, the proximal map of the group
     lasso with one ``lam`` for all (Xiao & Zhang, 2014). A group that is zero may come back, and nothing makes
     it arrive in time: what is not zero at the last of the ``projection_steps`` is put to zero there, so that the
-    budget holds; :meth:`left_over` says how much that was. All else is as in :class:`H2SPG`.
+    budget holds; :meth:`left_over` says how much that was. Where groups overlap, their factors multiply. All else is
+    as in :class:`H2SPG`.
     """
 
     def __init__(
@@ -225,14 +246,13 @@ class ProxSGPlus(H2SPG):
             saliency=saliency, smoothing=smoothing, score_every=score_every, **base_arguments,
         )  # fmt: skip
 
-    def _move(self, tensors: list[nn.Parameter], before: list[Tensor], left: int) -> None:
-        self._descend(tensors)
-        norm = self.groups.sum(norms(tensors).square(), self._rows).sqrt()
-        rate = self._rates()
-        shrunk = (1.0 - rate * self.lam / norm[self.groups.group[self._rows]]).clamp_min(0.0)
-        foreach.mul_(tensors, shrunk.nan_to_num(0.0).to(tensors[0].dtype).unbind())
+    def _move(self, moving: list[Tensor], before: list[Tensor], left: int) -> None:
+        self._descend(moving)
+        norm = self._heading.at(self._heading.squares(moving).sqrt(), none=torch.inf)
+        shrunk = (1.0 - self._rates() * self.lam / norm).clamp_min(0.0)
+        foreach.mul_(moving, self._heading.factors(shrunk.nan_to_num(0.0).to(moving[0].dtype)))
 
-    def _gone(self, tensors: list[nn.Parameter], before: list[Tensor]) -> Tensor | None:
+    def _gone(self, moving: list[Tensor], before: list[Tensor]) -> Tensor | None:
         return None
 
     def _provenance(self) -> dict[str, Any]:
@@ -298,18 +318,18 @@ class HSPG(HalfSpace):
 
     def _search(self) -> None:
         """All groups are penalised from the start, and ``base`` goes on training them."""
-        self._head_for_zero(range(len(self.groups.tensors)))
+        self._head_for_zero(range(len(self.space)))
 
     def _warm_up(self) -> None:
-        before = [t.clone() for t in self._shrinking]
+        before = [t.clone() for t in self._heading.tensors]
         self.base.step()
-        self._move(self._shrinking, before, 0)
+        self._move(list(self._heading.tensors), before, 0)
 
-    def _move(self, tensors: list[nn.Parameter], before: list[Tensor], left: int) -> None:
+    def _move(self, moving: list[Tensor], before: list[Tensor], left: int) -> None:
         """``- lr lam x / |x|``, where the group x is not zero."""
-        norm = self.groups.sum(norms(before).square(), self._rows).sqrt()
-        pull = (self._rates() * self.lam / norm[self.groups.group]).nan_to_num(0.0, posinf=0.0)
-        foreach.add_(tensors, foreach.mul(before, pull.to(tensors[0].dtype).unbind()), alpha=-1.0)
+        norm = self._heading.at(self._heading.squares(before).sqrt(), none=torch.inf)
+        pull = (self._rates() * self.lam / norm).nan_to_num(0.0, posinf=0.0).to(moving[0].dtype)
+        foreach.add_(moving, foreach.mul(before, self._heading.factors(pull, torch.add)), alpha=-1.0)
 
     def _finish(self) -> None:
         self._mark(self._zero_names())

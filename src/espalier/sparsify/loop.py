@@ -16,7 +16,6 @@ from espalier.errors import TrainingError
 from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
 from espalier.sparsify import foreach
-from espalier.sparsify.foreach import norms
 from espalier.sparsify.groups import Groups, all_finite
 
 
@@ -25,6 +24,10 @@ class HalfSpace(Optimizer):
 
     ``base`` trains; a policy writes :meth:`_search`, :meth:`_move` and, where the half-space test is not its
     own, :meth:`_gone`. A step waits for the device only where a phase ends.
+
+    Whole tensors that head for zero leave ``base``. Where slices do, ``base`` trains the tensor as ever, and
+    afterwards the slices are put where the policy, or the zero that they have reached, wants them: neither momentum
+    nor weight decay moves them.
     """
 
     moves_after_base = False  # whether ``base`` moves these groups too, and the policy adds to its step
@@ -63,9 +66,8 @@ class HalfSpace(Optimizer):
         self._at_once = device.type == "cpu" and not self.moves_after_base
         self._alive = torch.ones(len(space), device=device)  # 0 once a group has arrived at zero
         self._left_over = torch.zeros(len(space), device=device)
-        self._shrinking: list[nn.Parameter] = []  # what is on its way to zero
-        self._rows = self.groups.group[:0]  # the place of each of these in groups.tensors
-        self._of_group: list[Tensor] = []  # 1 where it belongs to the parameter group
+        self._held: list[tuple[nn.Parameter, Tensor]] = []  # where slices are redundant, and which: broadcasts
+        self._head_for_zero(())
         self._finite: Tensor | None = None
 
     # Where the training stands.
@@ -79,17 +81,20 @@ class HalfSpace(Optimizer):
 
     def zero_structures(self) -> int:
         """Number of structures whose parameters are all exactly zero."""
-        return len(self._zero_names())
+        return len(self._zeros())
 
     @torch.no_grad()
+    def _zeros(self) -> list[int]:
+        return (self.groups.largest(self.groups.tensors) == 0).nonzero().flatten().tolist()
+
     def _zero_names(self) -> tuple[str, ...]:
-        zero = (self.groups.sum(norms(self.groups.tensors)) == 0).tolist()
-        return tuple(s.name for s, gone in zip(self.space.structures, zero, strict=True) if gone)
+        names = self.space.structures.names
+        return tuple(names[i] for i in self._zeros())
 
     def left_over(self) -> dict[str, float]:
         """The norm that each redundant structure still had when the last step of the hybrid phase put it to zero."""
-        norm = dict(zip((s.name for s in self.space.structures), self._left_over.tolist(), strict=True))
-        return {name: norm[name] for name in self.redundant}
+        norm = self._left_over.tolist()
+        return {name: norm[self.space.position(name)] for name in self.redundant}
 
     def solution(self) -> Solution:
         """What to remove. Raises :class:`InvalidSolution`, with the reason, if the network would not work so."""
@@ -104,8 +109,8 @@ class HalfSpace(Optimizer):
         """The warm-up is over: say which groups head for zero."""
 
     @abstractmethod
-    def _move(self, tensors: list[nn.Parameter], before: list[Tensor], left: int) -> None:
-        """Move the groups that head for zero; ``left`` steps of the hybrid phase are left, this one included."""
+    def _move(self, moving: list[Tensor], before: list[Tensor], left: int) -> None:
+        """Move what heads for zero (one for each of ``heading.tensors``); so many steps are ``left``, this included."""
 
     @abstractmethod
     def _removed(self) -> tuple[str, ...]:
@@ -119,18 +124,16 @@ class HalfSpace(Optimizer):
 
     def _finish(self) -> None:
         """The last step of the hybrid phase: all redundant groups are zero from here on."""
-        if self._shrinking:
-            squares = self.groups.sum(norms(self._shrinking).square(), self._rows)
-            self._left_over.copy_(squares.sqrt())
-            foreach.zero_(self._shrinking)
+        if self._heading.tensors:
+            self._left_over.copy_(self._heading.squares(self._heading.tensors).sqrt())
+            if self._heading.whole:
+                foreach.zero_(self._heading.tensors[: self._heading.whole])
+        self._hold()
         self._head_for_zero(())
 
-    def _gone(self, tensors: list[nn.Parameter], before: list[Tensor]) -> Tensor | None:
+    def _gone(self, moving: list[Tensor], before: list[Tensor]) -> Tensor | None:
         """Which groups arrive at zero [structures]: those whose y has left the half-space of x."""
-        x, y = norms(before).square(), norms(tensors).square()
-        moved = norms(foreach.sub(tensors, before)).square()
-        inner = self.groups.sum(x + y - moved, self._rows) / 2.0  # 2 <y, x> = |x|² + |y|² - |y - x|²
-        square = self.groups.sum(x, self._rows)
+        square, _, inner = self._heading.products(before, moving)
         return (inner < self.epsilon * square) & (square > 0)
 
     # One step.
@@ -151,6 +154,7 @@ class HalfSpace(Optimizer):
             self._hybrid()
         else:
             self.base.step()
+            self._hold()
         self.steps_done += 1
         if self.steps_done == self.warmup_steps:
             self._search()
@@ -159,62 +163,80 @@ class HalfSpace(Optimizer):
     def _hybrid(self) -> None:
         done = self.steps_done - self.warmup_steps
         left = self.projection_steps - done
-        tensors = self._shrinking
+        heading = self._heading
         testing = done % self.test_every == 0
-        before = [t.clone() for t in tensors] if testing or self.moves_after_base else []
+        before = [t.clone() for t in heading.tensors] if testing or self.moves_after_base else []
+        apart = [] if self.moves_after_base else [t.clone() for t in heading.tensors[heading.whole :]]
+        moving: list[Tensor] = [*heading.tensors[: heading.whole], *apart] if apart else list(heading.tensors)
         self.base.step()
-        if tensors:
-            self._move(tensors, before, left)
-            gone = self._gone(tensors, before) if testing else None
+        if moving:
+            self._move(moving, before, left)
+            gone = self._gone(moving, before) if testing else None
             if gone is not None:
                 self._alive.mul_(~gone)
-            if not self._at_once or gone is not None:
-                alive = self._alive[self.groups.group[self._rows]]
-                foreach.mul_(tensors, alive.to(tensors[0].dtype).unbind())
+            if heading.parts or not self._at_once or gone is not None:
+                alive = heading.at(self._alive, none=1.0)
+                foreach.mul_(moving, heading.factors(alive.to(moving[0].dtype)))
+            if apart:
+                self._put_back(apart)
             if self._at_once and gone is not None:
                 self._drop_arrived()
         if left == 1:
             self._finish()
 
+    def _put_back(self, apart: list[Tensor]) -> None:
+        """The redundant slices go where they were moved; the rest of each tensor stays as ``base`` left it."""
+        for (tensor, where), moved in zip(self._held, apart, strict=True):
+            torch.where(where, moved, tensor, out=tensor)
+
+    def _hold(self) -> None:
+        """Redundant slices are zero, whatever ``base`` did to them."""
+        for tensor, where in self._held:
+            tensor.masked_fill_(where, 0.0)
+
     def _drop_arrived(self) -> None:
-        """What is zero is moved no more."""
-        alive = (self._alive[self.groups.group[self._rows]] > 0).tolist()
-        if all(alive):
-            return
-        self._head_for_zero([row for row, on in zip(self._rows.tolist(), alive, strict=True) if on])
+        """Whole tensors that are zero are moved no more."""
+        heading = self._heading
+        alive = (self._alive[heading.group[: heading.whole]] > 0).tolist()
+        if not all(alive):
+            arrived = {id(t) for t, on in zip(heading.tensors, alive, strict=False) if not on}
+            self._heading_without(self._arrived | arrived)
 
     def _mark(self, names: Iterable[str]) -> None:
         """These groups are redundant: ``base`` trains them no longer."""
         self.redundant = tuple(names)
-        chosen = {i for i, s in enumerate(self.space.structures) if s.name in set(self.redundant)}
-        rows = [k for k, i in enumerate(self.groups.group.tolist()) if i in chosen]
-        leaving = {id(self.groups.tensors[k]): self.groups.tensors[k] for k in rows}
+        positions = [self.space.position(name) for name in self.redundant]
+        self._head_for_zero(positions)
+        chosen = self._heading
+        leaving = {id(t): t for t in chosen.tensors[: chosen.whole]}
         for group in self.base.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in leaving]
         for tensor in leaving.values():
             self.base.state.pop(tensor, None)
-        self._head_for_zero(rows)
+        mine = chosen.factors(chosen.at(torch.ones_like(self._alive), none=0.0) > 0, torch.logical_or)
+        self._held = list(zip(chosen.tensors, mine, strict=True))[chosen.whole :]
 
-    def _head_for_zero(self, rows: Sequence[int]) -> None:
-        self._shrinking = [self.groups.tensors[k] for k in rows]
-        device = self.groups.group.device
-        self._rows = torch.tensor(rows, dtype=torch.long, device=device)
+    def _head_for_zero(self, structures: Sequence[int]) -> None:
+        """These structures, by position, head for zero from here on."""
+        self._positions, self._arrived = structures, frozenset[int]()
+        self._heading_without(frozenset())
+
+    def _heading_without(self, arrived: frozenset[int]) -> None:
+        self._arrived = arrived  # ids of tensors that are zero as a whole
+        self._heading = self.groups.only(self._positions, arrived)
         group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        members = torch.tensor([group_of[id(t)] for t in self._shrinking], device=device)
-        self._of_group = [(members == i).double() for i in range(len(self.param_groups))]
+        member = [group_of[id(t)] for t in self._heading.tensors]
+        self._of_group = [self._heading.rates([float(i == m) for m in member]) for i in range(len(self.param_groups))]
+        self._members = [[k for k, m in enumerate(member) if m == i] for i in range(len(self.param_groups))]
 
     def _rates(self) -> Tensor:
-        """The learning rate of every tensor on its way to zero, put together on the device."""
+        """The learning rate of every entry on its way to zero, put together on the device."""
         pairs = zip(self.param_groups, self._of_group, strict=True)
         return torch.stack([float(group["lr"]) * mine for group, mine in pairs]).sum(0)
 
-    def _by_rate(self, tensors: list[nn.Parameter]) -> Iterable[tuple[float, list[nn.Parameter]]]:
-        """The tensors of each parameter group, with its learning rate."""
-        if len(self.param_groups) == 1:
-            return [(float(self.param_groups[0]["lr"]), tensors)]
-        wanted = {id(t) for t in tensors}
-        split = [(float(g["lr"]), [p for p in g["params"] if id(p) in wanted]) for g in self.param_groups]
-        return [(rate, members) for rate, members in split if members]
+    def _by_rate(self) -> Iterable[tuple[float, list[int]]]:
+        """The learning rate of each parameter group, and which of ``heading.tensors`` are its."""
+        return [(float(g["lr"]), rows) for g, rows in zip(self.param_groups, self._members, strict=True) if rows]
 
     def _check_finite(self) -> None:
         """Raise before anything is touched if a gradient is NaN or infinite."""
