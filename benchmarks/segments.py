@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from espalier.graph.segments import segment_graph
 from espalier.graph.trace import Trace, trace
-from espalier.space.search_space import SearchSpace, structures_of
+from espalier.space.discover import segment_families
+from espalier.space.search_space import SearchSpace
 
 
 class Cell(nn.Module):
@@ -44,7 +45,7 @@ def median(function: object, *args: object, runs: int = 7) -> float:
 
 def space_of(traced: Trace) -> SearchSpace:
     graph = segment_graph(traced)
-    return SearchSpace(traced, graph, *structures_of(traced, graph, set()))
+    return SearchSpace(traced, graph, *segment_families(traced, graph, set()))
 
 
 def main() -> None:
