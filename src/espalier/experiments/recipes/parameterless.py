@@ -50,8 +50,7 @@ RECIPES = (
         published={},
         notes=(
             "Not in the paper, which keeps operations without parameters and names this as its limit.",
-            "Both spaces get the same budget of parameters, and the saliency that ranks scalars and "
-            "weights apart.",
+            "Both spaces get the same budget of parameters, and the saliency that ranks scalars and weights apart.",
         ),
     ),
 )
