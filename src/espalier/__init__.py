@@ -1,5 +1,6 @@
 """espalier: train any PyTorch network once and get back the smaller network worth keeping."""
 
+from espalier.api import prune
 from espalier.construct import construct
 from espalier.export import export_onnx, load, save
 from espalier.space.budget import Budget
@@ -20,6 +21,7 @@ __all__ = [
     "construct",
     "export_onnx",
     "load",
+    "prune",
     "save",
     "search_space",
 ]

@@ -1,0 +1,78 @@
+"""Pruning in one call."""
+
+import pytest
+import torch
+from test_reconstruct import Small, batches
+from torch import Tensor, nn
+
+import espalier
+from espalier.errors import BudgetError, SpaceError
+from espalier.space.cost import measure
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Small().double().eval()
+
+
+def labelled() -> list[tuple[Tensor, Tensor]]:
+    return [(x, torch.arange(16) % 3) for x in batches()]
+
+
+def parameters(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("saliency", ["magnitude", "bn_scale", "random"])
+def test_without_data(model: nn.Module, saliency: str) -> None:
+    x = batches()[0]
+    small = espalier.prune(model, x, budget=espalier.Budget(params=0.6), saliency=saliency)
+    assert type(small) is Small
+    assert parameters(small) <= 0.6 * parameters(model)
+    assert small(x).shape == model(x).shape
+
+
+@pytest.mark.parametrize("saliency", ["taylor", "cosine_magnitude"])
+def test_with_gradients(model: nn.Module, saliency: str) -> None:
+    x = batches()[0]
+    before = [p.clone() for p in model.parameters()]
+    small = espalier.prune(model, x, budget=espalier.Budget(macs=0.5), saliency=saliency, data=labelled())
+    assert measure(small, (x,)).macs <= 0.5 * measure(model, (x,)).macs
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    with pytest.raises(SpaceError, match="data="):
+        espalier.prune(model, x, budget=espalier.Budget(macs=0.5), saliency="taylor")
+
+
+def test_magnitude_takes_the_smallest_group() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[3.0, 0, 0], [1, 0, 0], [4, 0, 0], [2, 0, 0]]))
+        net[0].bias.zero_()
+    small = espalier.prune(net, torch.rand(2, 3), budget=espalier.Budget(structures=0.5))
+    assert torch.equal(small[0].weight[:, 0], torch.tensor([3.0, 4.0]))
+
+
+def test_by_reconstruction(model: nn.Module) -> None:
+    x = batches()[0]
+    small = espalier.prune(model, x, budget=espalier.Budget(macs=0.8), method="omp", data=batches())
+    assert measure(small, (x,)).macs <= 0.8 * measure(model, (x,)).macs
+    with pytest.raises(SpaceError, match="calibration"):
+        espalier.prune(model, x, budget=espalier.Budget(macs=0.8), method="omp")
+    with pytest.raises(SpaceError, match="there are"):
+        espalier.prune(model, x, budget=espalier.Budget(macs=0.8), method="nothing")
+
+
+def test_steps_with_fine_tuning(model: nn.Module) -> None:
+    x, sizes = batches()[0], []
+    small = espalier.prune(
+        model, x, budget=espalier.Budget(params=0.5), steps=3, finetune=lambda net: sizes.append(parameters(net))
+    )
+    assert len(sizes) == 3
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == parameters(small) <= 0.5 * parameters(model)
+
+
+def test_a_budget_out_of_reach(model: nn.Module) -> None:
+    with pytest.raises(BudgetError, match="nearest"):
+        espalier.prune(model, batches()[0], budget=espalier.Budget(params=0.01))
