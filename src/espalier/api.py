@@ -41,9 +41,10 @@ def prune(
     >>> prune(model, x, budget=Budget(params=0.5))[0].out_features
     7
 
-    ``args`` and ``kwargs`` are example inputs, ``levels`` and ``keep`` as for the search space. ``saliency`` is the name of a score of :mod:`espalier.saliency` or a function; the lowest go first. Scores that
-    look at gradients ("taylor", "cosine_magnitude") need ``data``, an iterable of batches, and ``loss(model, batch)``; by
-    default a batch is (inputs, labels) and the loss is the cross-entropy. Their mean over the batches is used.
+    ``args`` and ``kwargs`` are example inputs, ``levels`` and ``keep`` as for the search space. ``saliency`` is the
+    name of a score of :mod:`espalier.saliency` or a function; the lowest go first. Scores that look at gradients
+    ("taylor", "cosine_magnitude") need ``data``, an iterable of batches, and ``loss(model, batch)``; by default a
+    batch is (inputs, labels) and the loss is the cross-entropy. Their mean over the batches is used.
 
     With ``method`` ("omp", "backward", "ispasp", "ispasp-refit", "auxiliary", "gfs") units are chosen layer by layer
     so that the layers that read them can be refitted best (:mod:`espalier.select.reconstruct`): ``data`` are then
