@@ -28,7 +28,7 @@ from espalier.saliency import (
     zico,
 )
 from espalier.space.search_space import SearchSpace
-from espalier.space.structure import Slices
+from espalier.space.structure import Family, Slices, Structures
 from espalier.sparsify.groups import Groups
 
 
@@ -123,18 +123,24 @@ def test_bn_scale() -> None:
 
 
 def test_bn_scale_of_slices() -> None:
-    """Channels 0 and 2 of one norm, 1 and 3 of it, and a second norm's for the second: (1 + 3)/2, (2 + 4 + 9)/3."""
+    """Channels 0 and 2 of a norm; 1 and 3 of it and the first of another: (1 + 3) / 2 and (2 + 4 + 9) / 3."""
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(2))
     weights = {"0.weight": torch.tensor([1.0, -2.0, 3.0, -4.0]), "1.weight": torch.tensor([9.0, 7.0])}
     model.load_state_dict(weights, strict=False)
     slices = (Slices("0.weight", 0, torch.tensor([0, 1, 0, 1])), Slices("1.weight", 0, torch.tensor([1, -1])))
-    space: Any = SimpleNamespace(
-        model=model,
-        structures=(SimpleNamespace(name="odd"), SimpleNamespace(name="even")),
-        families=(SimpleNamespace(names=("even", "odd"), slices=slices),),
-    )
+    family = Family("channel", "c", 2, slices)
+
+    class Space:
+        families, structures = (family,), Structures([family])
+
+        def __init__(self) -> None:
+            self.model = model
+
+        def __len__(self) -> int:
+            return 2
+
     state: Any = SimpleNamespace(weight_sq=torch.zeros(2))
-    assert bn_scale(space, state).tolist() == pytest.approx([5.0, 2.0])
+    assert bn_scale(Space(), state).tolist() == pytest.approx([2.0, 5.0])  # type: ignore[arg-type]
 
 
 def test_balanced() -> None:
