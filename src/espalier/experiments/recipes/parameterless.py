@@ -27,9 +27,9 @@ def _both(base: Run, params: float) -> tuple[Run, ...]:
 _PAPER = _both(_SUPER, 0.5) + _both(_DARTS, 0.5)
 _NARROW = {"width": 0.1, "size": 16, "search": 0.3, "projection": 0.2, "cycles": (0.3, 0.7), "construct_early": True}
 _SHORT = tuple(
-    replace(run, network="darts8-2nodes", epochs=0.3, lr=0.05, **_NARROW | {"width": 1 / 6})
+    replace(run, network="darts8-2nodes", epochs=2, lr=0.05, **_NARROW | {"width": 1 / 6})
     if run.network == "darts8"
-    else replace(run, epochs=0.5, lr=0.05, **_NARROW)
+    else replace(run, epochs=5, lr=0.05, **_NARROW)
     for run in _PAPER
 )
 
