@@ -13,11 +13,11 @@ from espalier.select.auxiliary import AuxiliaryOptions
 from espalier.select.layerwise import (
     SELECTORS,
     Pair,
-    _write,
     check_pairs,
     narrow,
     prune_layers,
     prune_together,
+    write_back,
 )
 
 
@@ -107,7 +107,7 @@ def masked(model, results):
     """The full network with the refitted columns in place and the removed ones at zero."""
     full = copy.deepcopy(model)
     for result in results:
-        _write(full, result)
+        write_back(full, result)
     return full
 
 
