@@ -156,6 +156,8 @@ def write(done: dict[str, dict[str, Any]], names: list[str]) -> None:
         "",
         "2-core x86 CPU, torch 2.13, 2026-11-21; other work ran beside it, so the seconds are upper bounds.",
         "",
+        f"{len(rows)} of the zoo's {len(names)} models have been run; the command goes on where it was.",
+        "",
         "| library | models | exact | in the model's own class |",
         "| --- | --- | --- | --- |",
         *counts,
