@@ -248,9 +248,8 @@ ALL: dict[str, Saliency] = {**SALIENCIES, "zico": zico(BATCHES)}
 
 def test_the_registry_holds_all() -> None:
     assert set(ALL) == {
-        "balanced", "bn_scale", "cosine_magnitude", "magnitude", "naswot", "ntk", "random", "synflow", "taylor",
-        "zen_score",
-        "zico",
+        "balanced", "bn_scale", "cosine_magnitude", "magnitude", "naswot", "ntk", "random", "relative",
+        "synflow", "taylor", "zen_score", "zico",
     }  # fmt: skip
 
 
@@ -273,7 +272,7 @@ def test_the_order_of_structures_does_not_matter(name: str) -> None:
         return dict(zip((s.name for s in one.structures), found.tolist(), strict=True))
 
     first = scores(space)
-    turned = SearchSpace(space.trace, space.graph, space.structures[::-1], space.kept)
+    turned = SearchSpace(space.trace, space.graph, space.families[::-1], space.kept)
     draws = torch.random.get_rng_state()
     assert scores(turned) == pytest.approx(first, rel=1e-9, abs=1e-12)
     assert torch.equal(draws, torch.random.get_rng_state())
