@@ -2,12 +2,13 @@
 
     python benchmarks/h2spg_step.py
 
-On ResNet-50 (161 tensors, 25.6 M parameters) and on a DARTS supernet of 9 cells (over 1,500 tensors). SGD with
-momentum 0.9; half of the structures are redundant. Medians of ratios.
+On ResNet-50 (161 tensors, 25.6 M parameters; its segments, and its channels) and on a DARTS supernet of 9 cells
+(over 1,500 tensors). SGD with momentum 0.9; half of the structures are redundant. Medians of ratios.
 """
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,8 +18,8 @@ from espalier.data import import_torchvision
 from espalier.models import DARTS
 
 
-def measure(name: str, model: nn.Module, x: torch.Tensor, runs: int = 41) -> None:
-    space = espalier.search_space(model, (x,))
+def measure(name: str, model: nn.Module, x: torch.Tensor, levels: Sequence[str] = ("segment",), runs: int = 41) -> None:
+    space = espalier.search_space(model, (x,), levels=levels)
     for p in model.parameters():
         p.grad = 1e-3 * torch.randn_like(p)
     base = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, foreach=True)
@@ -58,6 +59,7 @@ def main() -> None:
     import torchvision
 
     measure("ResNet-50", torchvision.models.resnet50(), torch.randn(2, 3, 64, 64))
+    measure("ResNet-50, channels", torchvision.models.resnet50(), torch.randn(2, 3, 64, 64), ("channel",))
     measure("DARTS, 9 cells", DARTS(channels=16, cells=9), torch.randn(2, 3, 32, 32))
 
 

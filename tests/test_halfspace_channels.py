@@ -122,7 +122,7 @@ def test_saliencies_give_one_score_per_structure() -> None:
     state = groups.state([t.grad for t in groups.tensors if t.grad is not None])
     scores = {
         name: SALIENCIES[name](space, state)
-        for name in ("magnitude", "taylor", "bn_scale", "synflow", "balanced", "random")
+        for name in ("magnitude", "taylor", "bn_scale", "synflow", "balanced", "random", "relative")
     }
     assert all(score.shape == (len(space),) for score in scores.values())
     norms = {"norm.weight", "first_norm.0.weight", "first_norm.1.weight"}
@@ -136,6 +136,13 @@ def test_saliencies_give_one_score_per_structure() -> None:
         scales = [weights(model)[n][mask].abs() for n, mask in own.items() if n in norms]
         torch.testing.assert_close(scores["bn_scale"][i], torch.cat(scales).mean() if scales else torch.ones_like(w[0]))
         torch.testing.assert_close(scores["synflow"][i], chosen(flows, own).sum())
+    sizes = dict(zip(space.structures.names, scores["magnitude"].tolist(), strict=True))
+    kinds = [family.names for family in space.families if family.count > 1]
+    kinds.append(tuple(family.name for family in space.families if family.count == 1))
+    relative = dict(zip(space.structures.names, scores["relative"].tolist(), strict=True))
+    for names in kinds:
+        mean = sum(sizes[n] for n in names) / len(names)
+        assert [relative[n] for n in names] == pytest.approx([sizes[n] / mean for n in names])
 
 
 def _flows(model: nn.Module) -> dict[str, Tensor]:

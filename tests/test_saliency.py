@@ -254,9 +254,8 @@ ALL: dict[str, Saliency] = {**SALIENCIES, "zico": zico(BATCHES)}
 
 def test_the_registry_holds_all() -> None:
     assert set(ALL) == {
-        "balanced", "bn_scale", "cosine_magnitude", "magnitude", "naswot", "ntk", "random", "synflow", "taylor",
-        "zen_score",
-        "zico",
+        "balanced", "bn_scale", "cosine_magnitude", "magnitude", "naswot", "ntk", "random", "relative",
+        "synflow", "taylor", "zen_score", "zico",
     }  # fmt: skip
 
 

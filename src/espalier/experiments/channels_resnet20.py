@@ -3,8 +3,9 @@
     ESPALIER_DATA=... python -m espalier.experiments.channels_resnet20 --out runs/channels
 
 Both start from the trained checkpoint, train for the same number of epochs with the same recipe and end with the
-same budget of MACs. ``magnitude`` removes the channels of the least root mean square, over all layers at once, and
-fine-tunes what is left; ``h2spg`` and ``dhspg`` train the full network and drive channels to zero on the way.
+same budget of MACs. ``magnitude`` removes the channels of the least root mean square (relative to their layer's, or
+with ``--saliency magnitude`` as it is), over all layers at once, and fine-tunes what is left; ``h2spg`` and
+``dhspg`` train the full network and drive channels to zero on the way.
 Runs can be stopped and started again; finished ones are skipped.
 """
 
@@ -24,7 +25,7 @@ from torch.nn import functional
 import espalier
 from espalier.data import Augment, Batches, Dataset, load
 from espalier.experiments.ispasp_resnet import load_dense
-from espalier.saliency import magnitude
+from espalier.saliency import named
 from espalier.space.budget import meet
 from espalier.sparsify.groups import Groups
 from espalier.sparsify.halfspace import DHSPG, H2SPG
@@ -46,15 +47,14 @@ class Recipe:
     batch_size: int = 128
     warmup: float = 0.1
     projection: float = 0.4
-    saliency: str = "cosine_magnitude"
+    saliency: str = "relative"
     validation: int = 5000
     seed: int = 0
 
     @property
     def name(self) -> str:
         """Of the run's files."""
-        own = "" if self.method == "magnitude" else f"-{self.saliency}"
-        return f"{self.method}{own}-{self.macs}-{self.epochs}-{self.seed}"
+        return f"{self.method}-{self.saliency}-{self.macs}-{self.epochs}-{self.seed}"
 
 
 def images(split: str, recipe: Recipe) -> Dataset:
@@ -87,7 +87,7 @@ class Run:
         self.model: nn.Module = dense
         if recipe.method == "magnitude":
             groups = Groups(self.space)
-            scores = magnitude(self.space, groups.state([torch.zeros_like(t) for t in groups.tensors]))
+            scores = named(recipe.saliency)(self.space, groups.state([torch.zeros_like(t) for t in groups.tensors]))
             names = self.space.structures.names
             gone = meet(self.space, [names[i] for i in scores.argsort().tolist()], budget)
             self.solution = self.space.solution(gone, {"method": "magnitude"})
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["h2spg", "magnitude"])
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--saliency", default="cosine_magnitude")
+    parser.add_argument("--saliency", default="relative", help="a name of espalier.saliency")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", action="store_true", help="look at the test images, too")
     args = parser.parse_args(arguments)

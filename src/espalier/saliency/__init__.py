@@ -20,6 +20,7 @@ from espalier.saliency.magnitude import magnitude
 from espalier.saliency.naswot import naswot
 from espalier.saliency.ntk import ntk
 from espalier.saliency.random import random
+from espalier.saliency.relative import relative
 from espalier.saliency.state import Saliency, State
 from espalier.saliency.synflow import synflow
 from espalier.saliency.taylor import taylor
@@ -77,6 +78,7 @@ __all__ = [
     "naswot",
     "ntk",
     "random",
+    "relative",
     "synflow",
     "taylor",
     "zen_score",
