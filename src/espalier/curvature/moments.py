@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from espalier.curvature.symmetric import add_symmetric
+
 
 @dataclass
 class Moments:
@@ -54,13 +56,14 @@ class Moments:
     def add(self, rows: Tensor, dense: Tensor | None = None) -> None:
         """Add samples: `rows` [B, d], and for paired moments the same samples' `dense` rows [B, d]."""
         rows = rows.detach().to(self.gram)
-        if not bool(torch.isfinite(rows).all()):
+        total = rows.sum(0)
+        if not bool(torch.isfinite(total).all()):  # NaN and infinity survive the sum
             raise ValueError(
                 f"the input of {self.name or 'the layer'} holds NaN or infinity in a calibration batch "
                 f"(after {self.count} good samples): check the data and the model in eval mode"
             )
-        self.gram.addmm_(rows.T, rows)
-        self.sums += rows.sum(0)
+        add_symmetric(self.gram, rows, rows)
+        self.sums += total
         self.count += len(rows)
         if self.cross is not None and self.dense_gram is not None and self.dense_sums is not None:
             if dense is None or dense.shape != rows.shape:
@@ -68,7 +71,7 @@ class Moments:
             dense = dense.detach().to(self.gram)
             self.cross.addmm_(dense.T, rows)
             if not self.shared:
-                self.dense_gram.addmm_(dense.T, dense)
+                add_symmetric(self.dense_gram, dense, dense)
                 self.dense_sums += dense.sum(0)
 
     def all_reduce(self) -> None:
