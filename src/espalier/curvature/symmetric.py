@@ -1,6 +1,5 @@
 """Symmetric products at half the work: BLAS ``syrk`` in panels, which torch does not offer."""
 
-import torch
 from torch import Tensor
 
 _PANEL = 256  # columns; narrower panels save little more and slow the products down
@@ -9,6 +8,7 @@ _PANEL = 256  # columns; narrower panels save little more and slow the products 
 def add_symmetric(matrix: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0, both: bool = False) -> Tensor:
     """``matrix += alpha · leftᵀ right`` in place, where that product is known to be symmetric.
 
+    >>> import torch
     >>> rows = torch.rand(5, 600, dtype=torch.float64)
     >>> torch.allclose(add_symmetric(torch.zeros(600, 600, dtype=torch.float64), rows, rows), rows.T @ rows)
     True
@@ -34,6 +34,7 @@ def add_symmetric(matrix: Tensor, left: Tensor, right: Tensor, *, alpha: float =
 def gram_of(rows: Tensor) -> Tensor:
     """``rowsᵀ rows`` [d, d] for rows [n, d].
 
+    >>> import torch
     >>> gram_of(torch.ones(3, 2))
     tensor([[3., 3.],
             [3., 3.]])
