@@ -1,5 +1,10 @@
 """Reconstruction over a search space: the pairs that it finds, what it removes, and that nothing else changes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from random_channels import Tokens
@@ -98,3 +103,58 @@ def test_what_cannot_be_done_is_said(space: espalier.SearchSpace) -> None:
     segments = espalier.search_space(space.model, space.trace.args)
     with pytest.raises(SpaceError, match="levels"):
         reconstruct(segments, batches(), espalier.Budget(macs=0.5))
+
+
+RANKS = """
+import sys, warnings
+import torch, espalier
+from torch import nn
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank, folder, case = torch.distributed.get_rank(), sys.argv[1], sys.argv[2]
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(5, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 3)).double()
+data = torch.randn(96, 5, dtype=torch.float64).split(16)[rank::2]
+if case == "empty" and rank:
+    data = []
+if case == "nan" and rank:
+    data[0][0] = torch.nan
+try:
+    small = espalier.prune(model, torch.randn(4, 5).double(), data=data, method="omp", budget=espalier.Budget(macs=0.5))
+    torch.save(small.state_dict(), f"{folder}/{rank}.pt")
+except Exception as error:
+    torch.save(f"{type(error).__name__}: {error}", f"{folder}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def in_two_processes(tmp_path: Path, case: str) -> list:
+    (tmp_path / "ranks.py").write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "ranks.py"), str(tmp_path), case],
+        env=environment, timeout=120, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_ranks_get_the_network_of_one_process(tmp_path: Path) -> None:
+    first, second = in_two_processes(tmp_path, "all")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 3)).double()
+    data = torch.randn(96, 5, dtype=torch.float64).split(16)
+    small = espalier.prune(model, data[0], data=data, method="omp", budget=espalier.Budget(macs=0.5))
+    assert small[0].out_features < 24
+    for name, value in small.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(("case", "words"), [("empty", "loader is empty"), ("nan", "holds NaN")])
+def test_an_error_on_one_rank_ends_all(tmp_path: Path, case: str, words: str) -> None:
+    first, second = in_two_processes(tmp_path, case)
+    assert "other processes" in first
+    assert words in second

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier.curvature.moments import collect
+from espalier.curvature.moments import collect, input_columns, moment_cost
+from espalier.curvature.watch import watching
 from espalier.errors import BudgetError, SpaceError
 from espalier.select.allocate import allocate
-from espalier.select.layerwise import PATHS, Pair, problem_of, prune_layers, write_back
+from espalier.select.layerwise import PATHS, Pair, problem_of, prune_layers, relative_errors, write_back
 from espalier.select.omp import omp_path
 from espalier.select.refit import RIDGE
 from espalier.space.budget import Budget
@@ -74,6 +75,7 @@ def reconstruct(
     sequential: bool = True,
     ridge: float = RIDGE,
     multiple: int = 1,
+    progress: bool | None = None,
 ) -> tuple[SearchSpace, Solution]:
     """Prune every family that one layer reads, so that this layer's output changes least; refit that layer.
 
@@ -88,7 +90,11 @@ def reconstruct(
     them are ignored as :func:`espalier.curvature.moments.call` says). Returns the search space of a copy of the model
     with the refitted weights, and the solution for it; ``space.model`` is not changed. ``budget`` bounds parameters
     or MACs, as fractions. ``method``: "omp" (orthogonal matching pursuit), "backward", "ispasp", "ispasp-refit",
-    "auxiliary" or "gfs". ``sequential`` corrects each layer for the error that earlier ones made.
+    "auxiliary" or "gfs". ``sequential`` corrects each layer for the error that earlier ones made. ``progress`` says
+    beforehand what it will cost and shows how far it is; None does so on a terminal.
+
+    Under ``torch.distributed`` every process brings its own batches; sums are taken over all, and all get the same
+    network.
 
     Raises :class:`SpaceError` where no family qualifies, :class:`BudgetError` where the families that do cannot meet
     the budget.
@@ -104,41 +110,64 @@ def reconstruct(
     batches = list(data) if hasattr(data, "__next__") else data
     families = {f.name: f for f in space.families if f.name in pairs}
     chosen = [families[name] for name in pairs]
-    consumers = [pair.consumers[0] for pair in pairs.values()]
-    moments = collect(space.model, consumers, batches)
-    problems = [problem_of(space.model, p, moments[p.consumers[0]], ridge) for p in pairs.values()]
-    path = PATHS.get(method, omp_path)
-    curves = [path(problem).errors / max(problem.energy, 1e-300) for problem in problems]
-    cost = FamilyCost(space, chosen)
-    full = cost([f.count for f in chosen])
+    with watching(progress, lambda: expected_cost(space.model, list(pairs.values()), batches, sequential)) as watch:
+        consumers = [pair.consumers[0] for pair in pairs.values()]
+        moments = collect(space.model, consumers, batches, watch=watch)
+        problems = [problem_of(space.model, p, moments[p.consumers[0]], ridge) for p in pairs.values()]
+        path = PATHS.get(method, omp_path)
+        curves = [relative_errors(problem, path) for problem in watch(problems, "errors of all sizes")]
+        cost = FamilyCost(space, chosen)
+        full = cost([f.count for f in chosen])
 
-    def used(sizes: Sequence[int]) -> float:
-        """The largest share of any bound that is used up."""
-        params, macs = cost(sizes)
-        bounds = [(params / full[0], budget.params), (macs / max(full[1], 1), budget.macs)]
-        return max(share / bound for share, bound in bounds if bound)
+        def used(sizes: Sequence[int]) -> float:
+            """The largest share of any bound that is used up."""
+            params, macs = cost(sizes)
+            bounds = [(params / full[0], budget.params), (macs / max(full[1], 1), budget.macs)]
+            return max(share / bound for share, bound in bounds if bound)
 
-    try:
-        sizes = allocate(curves, used, 1.0, multiple=multiple)
-    except ValueError as error:
-        least = cost([1] * len(chosen))
-        raise BudgetError(
-            f"{budget} cannot be met by the {len(chosen)} families that one layer reads: the nearest is "
-            f"params={least[0] / full[0]:.3f} or macs={least[1] / max(full[1], 1):.3f}."
-        ) from error
-    results = prune_layers(
-        space.model, list(pairs.values()), batches, sizes=sizes, method=method, sequential=sequential, ridge=ridge,
-        moments=moments,
-    )  # fmt: skip
+        try:
+            sizes = allocate(curves, used, 1.0, multiple=multiple)
+        except ValueError as error:
+            least = cost([1] * len(chosen))
+            raise BudgetError(
+                f"{budget} cannot be met by the {len(chosen)} families that one layer reads: the nearest is "
+                f"params={least[0] / full[0]:.3f} or macs={least[1] / max(full[1], 1):.3f}."
+            ) from error
+        results = prune_layers(
+            space.model, list(pairs.values()), batches, sizes=sizes, method=method, sequential=sequential, ridge=ridge,
+            moments=moments, watch=watch,
+        )  # fmt: skip
     refitted = copy.deepcopy(space.model)
     removed: list[str] = []
     for family, result in zip(chosen, results, strict=True):
         write_back(refitted, result)
         gone = torch.ones(family.count, dtype=torch.bool)
-        gone[result.selection.support] = False
+        gone[result.selection.support.cpu()] = False
         removed += [family.name_of(i) for i in gone.nonzero().flatten().tolist()]
     again = space.of(refitted)
     return again, again.solution(removed, {"method": method, "budget": vars(budget)})
+
+
+def expected_cost(model: nn.Module, pairs: Sequence[Pair], batches: Iterable[Any], sequential: bool = True) -> str:
+    """What :func:`reconstruct` will cost, in words; runs the first batch once.
+
+    >>> model = nn.Sequential(nn.Linear(4, 300), nn.ReLU(), nn.Linear(300, 2))
+    >>> print(expected_cost(model, [Pair(("0",), ("2",))], [torch.rand(64, 4)]))
+    second moments of 1 layers: 0.7 MiB, 0.1 MFLOP per sample besides the forward pass
+    1 passes of the data; selection about 0.1 GFLOP
+    """
+    first = next(iter(batches), None)
+    if first is None:
+        return "no calibration data"
+    consumers = [pair.consumers[0] for pair in pairs]
+    moments = moment_cost(model, consumers, first)
+    work = 0.0
+    for pair in pairs:
+        columns = input_columns(model.get_submodule(pair.consumers[0]))
+        outputs = sum(len(model.get_parameter(f"{name}.weight")) for name in pair.consumers)
+        work += (1 + sequential) * (2.0 * outputs * columns**2 + 3.0 * columns**3)
+    passes = len(pairs) if sequential else 1
+    return f"{moments}\n{passes} passes of the data; selection about {work / 1e9:.1f} GFLOP"
 
 
 class FamilyCost:
