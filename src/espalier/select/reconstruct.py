@@ -1,7 +1,7 @@
 """i-SpaSP, its relatives and our own selectors over the channels and heads of any search space."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,37 +29,68 @@ def pairs_of(space: SearchSpace) -> dict[str, Pair]:
     >>> pair.producers, pair.consumers
     (('0',), ('2',))
 
-    A family counts if one linear layer or convolution reads it: hidden widths, filters within a block, heads. Units
-    that several layers read (a residual stream) have no single output to reconstruct: they stay.
+    A family counts if one linear layer or convolution reads it, or several of one shape that read the same tensor:
+    hidden widths, filters within a block, heads. Units that are read in several places (a residual stream) have no
+    single output to reconstruct: they stay. A batch norm that follows the reader is folded into what counts as error.
     """
-    order = {str(n.target): i for i, n in enumerate(space.trace.graph.nodes) if n.op == "call_module"}
+    calls: dict[str, list[torch.fx.Node]] = {}
+    for node in space.trace.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    order = {name: i for i, name in enumerate(calls)}
     found: dict[str, Pair] = {}
     for family in space.families:
-        pair = _pair(space.model, family)
-        if pair is not None and all(p in order for p in (*pair.producers, *pair.consumers)):
+        pair = _pair(space.model, family, calls)
+        if pair is not None:
             found[family.name] = pair
     return dict(sorted(found.items(), key=lambda item: order[item[1].consumers[0]]))
 
 
-def _pair(model: nn.Module, family: Family) -> Pair | None:
-    if family.components is None or len(family.readers) != 1:
-        return None
-    (reader,) = family.readers
-    path, _, leaf = reader.parameter.rpartition(".")
-    if not path or leaf != "weight" or reader.dim != 1 or reader.owner is None:
-        return None
-    consumer = model.get_submodule(path)
-    if not isinstance(consumer, (nn.Linear, nn.Conv2d)) or getattr(consumer, "groups", 1) > 1:
-        return None
-    block = len(reader.owner) // family.count
-    if not torch.equal(reader.owner, torch.arange(family.count).repeat_interleave(block)):
+def _pair(model: nn.Module, family: Family, calls: Mapping[str, Sequence[torch.fx.Node]]) -> Pair | None:
+    consumers = _readers(model, family, calls)
+    if not consumers:
         return None
     shapes = {s.parameter: model.get_parameter(s.parameter).ndim for s in family.slices}
     owners = {name.rpartition(".")[0]: ndim for name, ndim in shapes.items() if name.endswith("weight")}
     layers = {p: model.get_submodule(p) for p in owners}
     producers = tuple(p for p, m in layers.items() if isinstance(m, (nn.Linear, nn.Conv2d)) and _groups(m) == 1)
     via = tuple(p for p in layers if p not in producers)
-    return Pair(producers, (path,), via, units=family.count) if producers else None
+    if not producers or any(p not in calls for p in producers):
+        return None
+    return Pair(producers, consumers, via, _norm_after(model, consumers, calls), units=family.count)
+
+
+def _readers(model: nn.Module, family: Family, calls: Mapping[str, Sequence[torch.fx.Node]]) -> tuple[str, ...]:
+    """The layers that read the family, where all of them read one tensor and could be refitted together."""
+    paths, shapes, sources = [], set(), set()
+    for reader in family.readers:
+        path, _, leaf = reader.parameter.rpartition(".")
+        if not path or leaf != "weight" or reader.dim != 1 or reader.owner is None:
+            return ()
+        consumer, nodes = model.get_submodule(path), calls.get(path, ())
+        if not isinstance(consumer, (nn.Linear, nn.Conv2d)) or _groups(consumer) > 1 or not nodes:
+            return ()
+        if not torch.equal(
+            reader.owner, torch.arange(family.count).repeat_interleave(len(reader.owner) // family.count)
+        ):
+            return ()
+        paths.append(path)
+        shapes.add((type(consumer), consumer.weight.shape[1:]))
+        sources.add(tuple(node.args[0] for node in nodes))
+    if family.components is None or len(shapes) > 1 or len(sources) > 1:
+        return ()
+    return tuple(sorted(paths, key=list(calls).index))
+
+
+def _norm_after(model: nn.Module, consumers: Sequence[str], calls: Mapping[str, Sequence[torch.fx.Node]]) -> str | None:
+    """The batch norm that alone reads the only consumer's output."""
+    nodes = [node for name in consumers for node in calls[name]]
+    users = [str(user.target) for node in nodes for user in node.users if user.op == "call_module"]
+    if len(nodes) != 1 or len(nodes[0].users) != 1 or not users or len(calls[users[0]]) != 1:
+        return None
+    norm = model.get_submodule(users[0])
+    known = isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)) and norm.running_var is not None
+    return users[0] if known else None
 
 
 def _groups(layer: nn.Module) -> int:
@@ -77,7 +108,7 @@ def reconstruct(
     multiple: int = 1,
     progress: bool | None = None,
 ) -> tuple[SearchSpace, Solution]:
-    """Prune every family that one layer reads, so that this layer's output changes least; refit that layer.
+    """Prune every family of :func:`pairs_of`, so that its readers' outputs change least; refit these readers.
 
     >>> from espalier import construct, search_space
     >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -102,8 +133,8 @@ def reconstruct(
     pairs = pairs_of(space)
     if not pairs:
         raise SpaceError(
-            "no family of this space is read by exactly one linear layer or convolution: "
-            "make it with levels=('channel', 'head')."
+            "no family of this space is read by one linear layer or convolution (or by several of one shape that read "
+            "the same tensor): make it with levels=('channel', 'head'); residual streams have no single reader."
         )
     if budget.params is None and budget.macs is None:
         raise BudgetError("reconstruction takes a budget of params or macs.")
@@ -145,7 +176,8 @@ def reconstruct(
         gone[result.selection.support.cpu()] = False
         removed += [family.name_of(i) for i in gone.nonzero().flatten().tolist()]
     again = space.of(refitted)
-    return again, again.solution(removed, {"method": method, "budget": vars(budget)})
+    stays = [f.name for f in space.families if f.name not in pairs]
+    return again, again.solution(removed, {"method": method, "budget": vars(budget), "stays": stays})
 
 
 def expected_cost(model: nn.Module, pairs: Sequence[Pair], batches: Iterable[Any], sequential: bool = True) -> str:

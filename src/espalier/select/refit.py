@@ -246,6 +246,13 @@ def from_moments(
     name = moments.name or "the layer"
     if moments.count == 0:
         raise ValueError(f"no calibration sample reached {name}: the loader is empty")
+    mean = moments.sums / moments.count
+    spread = moments.gram.diagonal() - (moments.count * mean.square() if centred else 0.0)
+    if not float(spread.sum()) > 1e-14 * float(moments.gram.diagonal().sum()):
+        raise ValueError(
+            f"the input of {name} is constant on the calibration data: nothing can be selected; use more varied data, "
+            f"or leave the layer out (keep= of the search space)"
+        )
     if moments.count < len(moments.sums):
         warnings.warn(
             f"{name}: {moments.count} samples for {len(moments.sums)} columns; the second moment is singular "
@@ -266,7 +273,7 @@ def from_moments(
         energy=energy,
         block=block,
         ridge=ridge,
-        mean=moments.sums / moments.count,
+        mean=mean,
         target_mean=target,
         count=moments.count,
         centred=centred,
