@@ -19,7 +19,8 @@ import espalier
 from espalier.data._torchvision import import_torchvision
 from espalier.errors import BudgetError, SpaceError
 from espalier.experiments.ispasp_resnet import ResNet20, inner_pairs
-from espalier.select.layerwise import narrow, prune_layers
+from espalier.select.gfs import gfs
+from espalier.select.layerwise import SELECTORS, narrow, prune_layers
 from espalier.select.reconstruct import FamilyCost, pairs_of, reconstruct
 
 
@@ -59,7 +60,7 @@ def test_the_pairs(space: espalier.SearchSpace) -> None:
     }
 
 
-@pytest.mark.parametrize("method", ["omp", "backward", "ispasp", "auxiliary"])
+@pytest.mark.parametrize("method", SELECTORS)
 def test_the_budget_holds_and_the_network_is_the_masked_one(space: espalier.SearchSpace, method: str) -> None:
     data = batches()
     before = {name: p.clone() for name, p in space.model.named_parameters()}
@@ -71,6 +72,19 @@ def test_the_budget_holds_and_the_network_is_the_masked_one(space: espalier.Sear
     assert refitted.cost(solution.removed).macs <= 0.7 * space.cost().macs
     for x in data:
         torch.testing.assert_close(refitted.masked(solution)(x), small(x), rtol=1e-9, atol=1e-9)
+
+
+def test_other_bounds_and_ratios(space: espalier.SearchSpace) -> None:
+    _, solution = reconstruct(space, batches(), espalier.Budget(structures=0.6))
+    assert len(space) - len(solution.removed) == int(0.6 * len(space))
+    _, solution = reconstruct(space, batches(), ratios=0.5)
+    assert {name: sum(name in s for s in solution.removed) for name in pairs_of(space)} == {
+        "inner.0": 8,
+        "tokens.gate": 3,
+    }
+    _, solution = reconstruct(space, batches(), ratios={"inner.0": 0.25}, method=gfs)
+    assert len(solution.removed) == 12
+    assert solution.provenance["method"] == "gfs"
 
 
 def test_it_equals_the_layerwise_engine_on_one_pair() -> None:
@@ -105,8 +119,14 @@ def test_the_cost_of_families_is_the_cost_of_the_network(space: espalier.SearchS
 def test_what_cannot_be_done_is_said(space: espalier.SearchSpace) -> None:
     with pytest.raises(BudgetError, match="nearest is"):
         reconstruct(space, batches(), espalier.Budget(macs=0.01))
-    with pytest.raises(BudgetError, match="params or macs"):
-        reconstruct(space, batches(), espalier.Budget(structures=0.5))
+    with pytest.raises(BudgetError, match="one of the two"):
+        reconstruct(space, batches())
+    with pytest.raises(BudgetError, match=r"ratio 1\.5 for 'inner.0'"):
+        reconstruct(space, batches(), ratios={"inner.0": 1.5})
+    with pytest.raises(BudgetError, match="for 'stem'"):
+        reconstruct(space, batches(), ratios={"stem": 0.5})
+    with pytest.raises(SpaceError, match="no method"):
+        reconstruct(space, batches(), espalier.Budget(macs=0.8), method="best")
     segments = espalier.search_space(space.model, space.trace.args)
     with pytest.raises(SpaceError, match="levels"):
         reconstruct(segments, batches(), espalier.Budget(macs=0.5))
@@ -219,10 +239,7 @@ def pruned(model: nn.Module, data: list[Tensor], method: str = "omp", macs: floa
     return espalier.prune(model, torch.zeros(2, 5).double(), data=data, method=method, budget=budget)
 
 
-METHODS = ["omp", "backward", "ispasp", "ispasp-refit", "auxiliary", "gfs"]
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTORS)
 def test_fewer_samples_than_neurons_warn_and_work(method: str) -> None:
     with pytest.warns(RuntimeWarning, match="2: 7 samples for 24 columns"):
         small = pruned(mlp(), [torch.randn(7, 5).double()], method)
@@ -230,7 +247,7 @@ def test_fewer_samples_than_neurons_warn_and_work(method: str) -> None:
     assert bool(torch.isfinite(small(torch.randn(9, 5).double())).all())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTORS)
 def test_dead_and_doubled_neurons_go_first(method: str) -> None:
     model, data = mlp(), [torch.randn(200, 5).double()]
     with torch.no_grad():

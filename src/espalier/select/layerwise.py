@@ -28,6 +28,9 @@ SELECTORS: dict[str, Selector] = {
     "ispasp": ispasp,
     "ispasp-refit": lambda problem, size: ispasp(problem, size, importance="norm", refitted=True),
     "auxiliary": auxiliary,
+    "auxiliary-pcg": lambda problem, size: auxiliary(problem, size, AuxiliaryOptions(solver="pcg")),
+    "auxiliary-exact": lambda problem, size: auxiliary(problem, size, AuxiliaryOptions(solver="exact")),
+    "auxiliary-together": auxiliary,  # of one layer; of several, see prune_together
     "gfs": gfs,
 }
 PATHS: dict[str, Callable[[Reconstruction], Path]] = {"omp": omp_path, "backward": backward_path}
@@ -128,6 +131,8 @@ def prune_layers(
         sizes = allocate(curves, cost, float(macs or 0.0) * full, multiple=multiple)
     if len(sizes) != len(pairs):
         raise ValueError(f"{len(pairs)} pairs but {len(sizes)} sizes")
+    if method == "auxiliary-together":
+        return prune_together(model, pairs, batches, sizes, ridge=ridge, watch=watch)
     select = SELECTORS[method] if isinstance(method, str) else method
     if not sequential:
         return [_result(model, *item, select) for item in zip(pairs, problems, sizes, strict=True)]
@@ -150,6 +155,7 @@ def prune_together(
     options: AuxiliaryOptions | None = None,
     *,
     ridge: float = RIDGE,
+    watch: Watch = unwatched,
 ) -> list[LayerResult]:
     """The five-step variant on all pairs at once, each iteration on the network as pruned so far.
 
@@ -160,12 +166,12 @@ def prune_together(
 
     def problems(weights: Sequence[Tensor] | None) -> list[Reconstruction]:
         if weights is None:
-            found = collect(model, names, data)
+            found = collect(model, names, data, watch=watch)
         else:
             student = copy.deepcopy(model)
             for pair, scale, weight in zip(pairs, scales, weights, strict=True):
                 _store(student, pair, weight / scale[:, None], None)
-            found = collect_paired(model, student, names, data)
+            found = collect_paired(model, student, names, data, watch=watch)
         return [problem_of(model, pair, found[name], ridge) for pair, name in zip(pairs, names, strict=True)]
 
     selections = auxiliary_layers(problems, sizes, options)

@@ -5,13 +5,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.curvature.moments import collect, input_columns, moment_cost
 from espalier.curvature.watch import watching
 from espalier.errors import BudgetError, SpaceError
 from espalier.select.allocate import allocate
-from espalier.select.layerwise import PATHS, Pair, problem_of, prune_layers, relative_errors, write_back
+from espalier.select.layerwise import (
+    PATHS,
+    SELECTORS,
+    Pair,
+    Selector,
+    problem_of,
+    prune_layers,
+    relative_errors,
+    write_back,
+)
 from espalier.select.omp import omp_path
 from espalier.select.refit import RIDGE
 from espalier.space.budget import Budget
@@ -100,9 +109,10 @@ def _groups(layer: nn.Module) -> int:
 def reconstruct(
     space: SearchSpace,
     data: Iterable[Any],
-    budget: Budget,
+    budget: Budget | None = None,
     *,
-    method: str = "omp",
+    method: str | Selector = "omp",
+    ratios: float | Mapping[str, float] | None = None,
     sequential: bool = True,
     ridge: float = RIDGE,
     multiple: int = 1,
@@ -119,10 +129,15 @@ def reconstruct(
 
     ``data`` are unlabelled calibration batches: tensors, or tuples or dicts of the model's arguments (labels behind
     them are ignored as :func:`espalier.curvature.moments.call` says). Returns the search space of a copy of the model
-    with the refitted weights, and the solution for it; ``space.model`` is not changed. ``budget`` bounds parameters
-    or MACs, as fractions. ``method``: "omp" (orthogonal matching pursuit), "backward", "ispasp", "ispasp-refit",
-    "auxiliary" or "gfs". ``sequential`` corrects each layer for the error that earlier ones made. ``progress`` says
-    beforehand what it will cost and shows how far it is; None does so on a terminal.
+    with the refitted weights, and the solution for it; ``space.model`` is not changed. ``budget`` bounds structures,
+    parameters or MACs of the whole network, divided among the families by marginal error; or ``ratios`` says which
+    share of its units every family keeps (by family name; families that are not named keep all).
+
+    ``method``: "omp" (orthogonal matching pursuit), "backward", "ispasp", "ispasp-refit", "auxiliary" (also "-pcg",
+    "-exact": its steps by conjugate gradients or by the pseudo-inverse; "-together": all layers in each iteration),
+    "gfs", or a function of a :class:`Reconstruction` and a size. ``sequential`` corrects each layer for the error that
+    earlier ones made. ``progress`` says beforehand what it will cost and shows how far it is; None does so on a
+    terminal.
 
     Under ``torch.distributed`` every process brings its own batches; sums are taken over all, and all get the same
     network.
@@ -136,34 +151,23 @@ def reconstruct(
             "no family of this space is read by one linear layer or convolution (or by several of one shape that read "
             "the same tensor): make it with levels=('channel', 'head'); residual streams have no single reader."
         )
-    if budget.params is None and budget.macs is None:
-        raise BudgetError("reconstruction takes a budget of params or macs.")
+    if (budget is None) == (ratios is None):
+        raise BudgetError("reconstruction takes a budget or ratios, one of the two.")
+    if isinstance(method, str) and method not in SELECTORS:
+        raise SpaceError(f"no method is called '{method}': there are {', '.join(sorted(SELECTORS))}.")
     batches = list(data) if hasattr(data, "__next__") else data
     families = {f.name: f for f in space.families if f.name in pairs}
     chosen = [families[name] for name in pairs]
     with watching(progress, lambda: expected_cost(space.model, list(pairs.values()), batches, sequential)) as watch:
         consumers = [pair.consumers[0] for pair in pairs.values()]
         moments = collect(space.model, consumers, batches, watch=watch)
-        problems = [problem_of(space.model, p, moments[p.consumers[0]], ridge) for p in pairs.values()]
-        path = PATHS.get(method, omp_path)
-        curves = [relative_errors(problem, path) for problem in watch(problems, "errors of all sizes")]
-        cost = FamilyCost(space, chosen)
-        full = cost([f.count for f in chosen])
-
-        def used(sizes: Sequence[int]) -> float:
-            """The largest share of any bound that is used up."""
-            params, macs = cost(sizes)
-            bounds = [(params / full[0], budget.params), (macs / max(full[1], 1), budget.macs)]
-            return max(share / bound for share, bound in bounds if bound)
-
-        try:
-            sizes = allocate(curves, used, 1.0, multiple=multiple)
-        except ValueError as error:
-            least = cost([1] * len(chosen))
-            raise BudgetError(
-                f"{budget} cannot be met by the {len(chosen)} families that one layer reads: the nearest is "
-                f"params={least[0] / full[0]:.3f} or macs={least[1] / max(full[1], 1):.3f}."
-            ) from error
+        if budget is None:
+            sizes = _by_ratio(chosen, ratios)
+        else:
+            path = PATHS.get(method, omp_path) if isinstance(method, str) else omp_path
+            problems = [problem_of(space.model, p, moments[p.consumers[0]], ridge) for p in pairs.values()]
+            curves = [relative_errors(problem, path) for problem in watch(problems, "errors of all sizes")]
+            sizes = _within(space, chosen, curves, budget, multiple)
         results = prune_layers(
             space.model, list(pairs.values()), batches, sizes=sizes, method=method, sequential=sequential, ridge=ridge,
             moments=moments, watch=watch,
@@ -177,7 +181,54 @@ def reconstruct(
         removed += [family.name_of(i) for i in gone.nonzero().flatten().tolist()]
     again = space.of(refitted)
     stays = [f.name for f in space.families if f.name not in pairs]
-    return again, again.solution(removed, {"method": method, "budget": vars(budget), "stays": stays})
+    name = method if isinstance(method, str) else getattr(method, "__name__", "selector")
+    bounds = {} if budget is None else vars(budget)
+    return again, again.solution(removed, {"method": name, "budget": bounds, "ratios": ratios, "stays": stays})
+
+
+def _by_ratio(families: Sequence[Family], ratios: float | Mapping[str, float] | None) -> list[int]:
+    known = {f.name for f in families}
+    shares = ratios if isinstance(ratios, Mapping) else dict.fromkeys(known, 1.0 if ratios is None else ratios)
+    for name, share in shares.items():
+        if name not in known or not 0.0 < share <= 1.0:
+            raise BudgetError(
+                f"ratio {share} for '{name}': a share above 0 and at most 1, for one of {', '.join(sorted(known))}."
+            )
+    return [max(1, int(shares.get(f.name, 1.0) * f.count + 1e-9)) for f in families]
+
+
+def _within(
+    space: SearchSpace, families: Sequence[Family], curves: Sequence[Tensor], budget: Budget, multiple: int
+) -> list[int]:
+    """The sizes by marginal error that keep every bound of the budget."""
+    cost = FamilyCost(space, families)
+    every = [f.count for f in families]
+    full = cost(every)
+    may_go = budget.structures_to_remove(len(space))
+
+    def shares(sizes: Sequence[int]) -> tuple[float, float]:
+        params, macs = cost(sizes)
+        return params / full[0], macs / max(full[1], 1)
+
+    def used(sizes: Sequence[int]) -> float:
+        """The largest share of any bound that is used up."""
+        params, macs = shares(sizes)
+        bounds = [(params, budget.params), (macs, budget.macs)]
+        found = [share / bound if bound > 0 else float("inf") for share, bound in bounds if bound is not None]
+        if budget.structures is not None:
+            found.append((len(space) - sum(every) + sum(sizes)) / max(len(space) - may_go, 1e-9))
+        return max(found)
+
+    try:
+        return allocate(curves, used, 1.0, multiple=multiple)
+    except ValueError as error:
+        ones = [1] * len(families)
+        params, macs = shares(ones)
+        structures = (len(space) - sum(every) + sum(ones)) / len(space)
+        raise BudgetError(
+            f"{budget} cannot be met by the {len(families)} families that can be refitted: the nearest is "
+            f"params={params:.3f}, macs={macs:.3f} or structures={structures:.3f}."
+        ) from error
 
 
 def expected_cost(model: nn.Module, pairs: Sequence[Pair], batches: Iterable[Any], sequential: bool = True) -> str:
