@@ -16,6 +16,7 @@ from random_channels import Tokens
 from torch import Tensor, nn
 
 import espalier
+from espalier.curvature.moments import collect
 from espalier.data._torchvision import import_torchvision
 from espalier.errors import BudgetError, SpaceError
 from espalier.experiments.ispasp_resnet import ResNet20, inner_pairs
@@ -61,7 +62,9 @@ def test_the_pairs(space: espalier.SearchSpace) -> None:
 
 
 @pytest.mark.parametrize("method", SELECTORS)
-def test_the_budget_holds_and_the_network_is_the_masked_one(space: espalier.SearchSpace, method: str) -> None:
+def test_the_budget_holds_and_the_network_is_the_masked_one(
+    space: espalier.SearchSpace, method: str, tmp_path: Path
+) -> None:
     data = batches()
     before = {name: p.clone() for name, p in space.model.named_parameters()}
     refitted, solution = reconstruct(space, data, espalier.Budget(macs=0.7), method=method)
@@ -70,6 +73,10 @@ def test_the_budget_holds_and_the_network_is_the_masked_one(space: espalier.Sear
     small = espalier.construct(refitted, solution)
     assert type(small) is Small
     assert refitted.cost(solution.removed).macs <= 0.7 * space.cost().macs
+    solution.save(tmp_path / "solution")
+    again = espalier.Solution.load(tmp_path / "solution")
+    assert again.removed == solution.removed
+    assert again.provenance["method"] == method
     for x in data:
         torch.testing.assert_close(refitted.masked(solution)(x), small(x), rtol=1e-9, atol=1e-9)
 
@@ -309,6 +316,7 @@ def vision() -> tuple[nn.Module, list[dict[str, Tensor]]]:
     return model, [{"pixel_values": torch.randn(8, 3, 16, 16).double()} for _ in range(4)]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("make", [llama, vision])
 def test_heads_and_gated_neurons_of_transformers(make: Callable) -> None:
     torch.manual_seed(0)
@@ -318,12 +326,25 @@ def test_heads_and_gated_neurons_of_transformers(make: Callable) -> None:
     pairs = pairs_of(space)
     assert sum(name.endswith("heads") for name in pairs) == 2  # with grouped queries: one key/value group each
     assert len(pairs) == 4
-    refitted, solution = reconstruct(space, data, espalier.Budget(params=0.75))
+    with torch.enable_grad():
+        refitted, solution = reconstruct(space, data, espalier.Budget(params=0.75))
     assert {name.rpartition("[")[0] for name in solution.removed} == set(pairs)
     small, masked = espalier.construct(refitted, solution), refitted.masked(solution)
     assert type(small) is type(model)
     dropped = espalier.construct(space, space.solution(solution.removed))
     errors = {}
+    for pair in pairs.values():  # the second moment of concatenated heads, of gate times up
+        rows: list[Tensor] = []
+        hook = model.get_submodule(pair.consumers[0]).register_forward_pre_hook(
+            lambda module, args, rows=rows: rows.append(args[0].flatten(0, -2))
+        )
+        for batch in data:
+            model(**batch)
+        hook.remove()
+        every = torch.cat(rows)
+        found = collect(model, pair.consumers, data)[pair.consumers[0]]
+        torch.testing.assert_close(found.gram, every.T @ every, rtol=0, atol=1e-10 * float(found.gram.abs().max()))
+        assert pair.block(model) == every.shape[1] // pair.count(model)
     for batch in data:
         torch.testing.assert_close(small(**batch).logits, masked(**batch).logits, rtol=1e-9, atol=1e-9)
         for name, other in (("refitted", small), ("dropped", dropped)):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from espalier.curvature.moments import collect
+from espalier.curvature.moments import Moments, collect
 from espalier.models.two_layer import TwoLayer
 from espalier.select.auxiliary import PAPER, AuxiliaryOptions, auxiliary
 from espalier.select.backward import backward_path
@@ -134,19 +134,39 @@ def load_images(name: str, split: str, first: int | None = None) -> tuple[Tensor
     return images, torch.from_numpy(np.load(folder / f"{split}-labels.npy")[:first].astype(np.int64))
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, lr: float, batch: int = 256, seed: int = 0) -> None:
-    """Adam and cross-entropy with a cosine decay to zero; float32."""
+def train(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epochs: int,
+    lr: float,
+    batch: int = 256,
+    seed: int = 0,
+    checkpoint: FilePath | None = None,
+) -> None:
+    """Adam and cross-entropy with a cosine decay to zero; float32. Stopped, it goes on after the last epoch in
+    `checkpoint`."""
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=lr)
     steps = epochs * ((len(x) + batch - 1) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    done = 0
+    if checkpoint is not None and checkpoint.exists():
+        done, *states, drawn = torch.load(checkpoint)
+        for part, state in zip((model, optimiser, schedule), states, strict=True):
+            part.load_state_dict(state)
+        generator.set_state(drawn)
     model.train()
-    for _ in range(epochs):
+    for epoch in range(done, epochs):
         for index in torch.randperm(len(x), generator=generator).split(batch):
             optimiser.zero_grad()
             functional.cross_entropy(model(x[index]), y[index]).backward()
             optimiser.step()
             schedule.step()
+        if checkpoint is not None:
+            states = [part.state_dict() for part in (model, optimiser, schedule)]
+            torch.save((epoch + 1, *states, generator.get_state()), checkpoint)
     model.eval()
 
 
@@ -250,8 +270,8 @@ def mnist(
         if file.exists():
             dense.load_state_dict(torch.load(file))
         else:
-            train(dense, x, y, epochs=epochs, lr=1e-3, seed=seed)
             cache.mkdir(parents=True, exist_ok=True)
+            train(dense, x, y, epochs=epochs, lr=1e-3, seed=seed, checkpoint=file.with_suffix(".part"))
             torch.save(dense.state_dict(), file)
         key = {"hidden": hidden, "seed": seed}
         if not results.done(**key, method="dense"):
@@ -261,7 +281,12 @@ def mnist(
             continue
         pick = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:calibration]
         started = time.perf_counter()
-        moments = collect(dense, ["output"], x[pick].split(1000))["output"]
+        kept = cache / f"moments-{hidden}-seed{seed}-epochs{epochs}-{calibration}.pt"
+        if kept.exists():
+            moments = Moments(*torch.load(kept), name="output")
+        else:
+            moments = collect(dense, ["output"], x[pick].split(1000))["output"]
+            torch.save((moments.gram, moments.sums, moments.count), kept)
         spent = time.perf_counter() - started
         if not results.done(**key, method="moments"):
             results.add(**key, method="moments", size=hidden, seconds=round(spent, 3))
