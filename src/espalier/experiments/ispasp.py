@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as FilePath
@@ -48,7 +49,7 @@ SIZES = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 class Results:
-    """JSON lines with skipping: `done(**key)` says whether a line with these values exists."""
+    """JSON lines with skipping: `done(**key)` says whether a line with these values exists; each is also shown."""
 
     def __init__(self, path: FilePath) -> None:
         self.path = path
@@ -63,6 +64,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        print(*(f"{k}={v}" for k, v in row.items() if isinstance(v, int | float | str)), file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- Figure 3

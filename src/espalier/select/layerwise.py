@@ -135,14 +135,16 @@ def prune_layers(
         return prune_together(model, pairs, batches, sizes, ridge=ridge, watch=watch)
     select = SELECTORS[method] if isinstance(method, str) else method
     if not sequential:
-        return [_result(model, *item, select) for item in zip(pairs, problems, sizes, strict=True)]
+        items = zip(pairs, problems, sizes, strict=True)
+        return [_result(model, *item, select) for item in watch(list(items), "choosing units")]
     student, results = copy.deepcopy(model), []
     for index, (pair, size) in enumerate(zip(pairs, sizes, strict=True)):
         problem = problems[index]
         if index:  # the first pair's inputs are still the dense ones
             paired = collect_paired(model, student, [pair.consumers[0]], batches, known=moments, watch=watch)
             problem = problem_of(model, pair, paired[pair.consumers[0]], ridge)
-        results.append(_result(model, pair, problem, size, select))
+        for _ in watch((pair,), f"choosing {size} of {problem.units} units for {pair.consumers[0]}"):
+            results.append(_result(model, pair, problem, size, select))
         write_back(student, results[-1])
     return results
 

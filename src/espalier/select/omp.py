@@ -74,13 +74,15 @@ def _best(sweep: Sweep, dense: Tensor, floor: float, criterion: str) -> tuple[Te
 
 
 def _end(problem: Reconstruction, support: Tensor) -> float:
-    """The objective of the refit on the support: ``f(0) − ⟨W_S, C_S⟩``, or in full where that would cancel."""
+    """The objective of the refit on the support: ``f(0) − tr(C_S K_SS⁻¹ C_Sᵀ)``, or in full where that would cancel."""
     index = problem.column_index(support)
-    weights = solve_on(problem, index)
     start = problem.objective_of_nothing()
-    end = start - inner(weights, problem.cross[:, index])
-    if end > 1e-6 * start:
-        return end
+    factor, failed = torch.linalg.cholesky_ex(problem.gram[index[:, None], index])
+    if not int(failed):
+        half = torch.linalg.solve_triangular(factor, problem.cross[:, index].T, upper=False)
+        end = start - inner(half, half)
+        if end > 1e-6 * start:
+            return end
     full = torch.zeros_like(problem.weight)
-    full[:, index] = weights
+    full[:, index] = solve_on(problem, index)
     return problem.objective(full)

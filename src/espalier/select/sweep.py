@@ -102,27 +102,26 @@ class Sweep:
         name = int(self.names[where])
         pivot = self.diagonal[where].clone()
         pivot.diagonal().clamp_min_(self.floor)
-        factor = torch.linalg.cholesky(pivot)
+        factor = torch.linalg.cholesky(pivot) if block > 1 else pivot.sqrt_()
         done = self.done[: self.used]
         row = torch.linalg.solve_triangular(
             factor, self.matrix[columns] - _product(done[:, columns], done), upper=False
         )
-        split = row.view(block, -1, block).transpose(0, 1)
         if self.rows is not None:
-            target = torch.linalg.solve_triangular(factor, self.rows[:, columns].T, upper=False)
+            target = _solve(factor, self.rows[:, columns].T)
             self.rows.addmm_(target.T, row, alpha=-1)
         else:
             other = self.other[: self.used]
             now = self.shared[columns] - _product(done[:, columns], other) - _product(other[:, columns], done)
-            image = torch.linalg.solve_triangular(factor, now, upper=False)
-            spread = torch.linalg.solve_triangular(factor, image[:, columns].T, upper=False)
+            image = _solve(factor, now)
+            spread = _solve(factor, image[:, columns].T)
             image.addmm_(spread.T, row, alpha=-0.5)
-            change = split.transpose(1, 2) @ image.view(block, -1, block).transpose(0, 1)
+            change = _per_unit(row, image)
             self.parts -= change + change.transpose(1, 2)
             self.parts[where] = 0.0
             self.peak = torch.maximum(self.peak, self.power())
             self.other[self.used : self.used + block] = image
-        self.diagonal -= split.transpose(1, 2) @ split
+        self.diagonal -= _per_unit(row, row)
         self.diagonal[where] = torch.eye(block, dtype=self.diagonal.dtype, device=self.diagonal.device)
         self.present[where] = False
         self.done[self.used : self.used + block] = row
@@ -196,6 +195,19 @@ def block_gain(rows: Tensor, blocks: Tensor, floor: float) -> Tensor:
     gain = torch.linalg.solve_triangular(factor, per_unit, upper=False).square().sum((1, 2))
     # where a unit is explained by others to rounding, there is nothing to gain
     return torch.where(failed == 0, gain, 0.0)
+
+
+def _solve(factor: Tensor, right: Tensor) -> Tensor:
+    """``L⁻¹ right`` for a lower triangle L [b, b]."""
+    return right / factor if len(factor) == 1 else torch.linalg.solve_triangular(factor, right, upper=False)
+
+
+def _per_unit(left: Tensor, right: Tensor) -> Tensor:
+    """The diagonal blocks [units, b, b] of ``leftᵀ right``, for left and right [b, units·b]."""
+    block = len(left)
+    if block == 1:
+        return (left * right).view(-1, 1, 1)
+    return left.view(block, -1, block).permute(1, 2, 0) @ right.view(block, -1, block).transpose(0, 1)
 
 
 def _product(few: Tensor, many: Tensor) -> Tensor:
