@@ -93,7 +93,7 @@ def measure(method: str, width: int, outputs: int, samples: int, iterations: int
 def too_long(method: str, width: int, outputs: int) -> bool:
     """Cells of more than about two minutes on one thread, which are left out."""
     if method == "five-step-data":
-        return width * outputs > 512**2
+        return width * outputs > 1024**2
     if method == "ispasp-data":
         return width * outputs > 2048**2
     return outputs == width > 4096 and not method.startswith("ispasp")

@@ -64,8 +64,9 @@ class Reconstruction:
         return (power <= 1e-12 * self.gram.diagonal().mean()).nonzero().flatten()
 
     def product(self, weights: Tensor) -> Tensor:
-        """``W (K + ρI)`` for W [d_out, d]."""
-        return weights @ self.gram
+        """``W (K + ρI)`` for W [d_out, d]; columns of W that are zero cost nothing."""
+        used = weights.any(0).nonzero().flatten()
+        return weights[:, used] @ self.gram[used] if 2 * len(used) <= self.columns else weights @ self.gram
 
     def restricted(self, index: Tensor) -> Callable[[Tensor], Tensor]:
         """The product with the columns [n] of `index` only: maps [d_out, n] to [d_out, n]."""
