@@ -26,7 +26,7 @@ import espalier
 from espalier.data import Augment, Batches, Dataset, load
 from espalier.experiments.ispasp_resnet import load_dense
 from espalier.saliency import named
-from espalier.space.budget import meet
+from espalier.space.chains import meet
 from espalier.sparsify.groups import Groups
 from espalier.sparsify.halfspace import DHSPG, H2SPG
 
