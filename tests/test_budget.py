@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -145,7 +146,7 @@ def test_against_brute_force_over_all_sets_of_channels(seed: int) -> None:
     torch.manual_seed(seed)
     space, scores = channels(chain(3, 4, 3, 4, 2), torch.rand(2, 3)), torch.rand(11)
     budget = [Budget(params=0.5), Budget(macs=0.4), Budget(structures=0.5), Budget(params=0.6, macs=0.5)][seed % 4]
-    budget = Budget(**budget.given, min_keep=1)
+    budget = replace(budget, min_keep=1)
     expected = brute_force(space, scores, budget)
     found = select(space, scores, budget)
     kept = scores.sum() - sum(scores[space.position(n)] for n in found.removed)

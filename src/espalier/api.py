@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from espalier.construct import construct
 from espalier.errors import BudgetError, SpaceError
-from espalier.saliency import Saliency, named
+from espalier.saliency import Saliency, named, worth
 from espalier.select.layerwise import SELECTORS
 from espalier.select.reconstruct import reconstruct
 from espalier.space.budget import Budget
@@ -27,7 +27,7 @@ def prune(
     kwargs: Mapping[str, Any] | None = None,
     *,
     budget: Budget,
-    saliency: Saliency | str = "magnitude",
+    saliency: Saliency | str = "group_norm",
     method: str | None = None,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
@@ -44,11 +44,11 @@ def prune(
     7
 
     ``args`` and ``kwargs`` are example inputs, ``levels`` and ``keep`` as for the search space. ``saliency`` is the
-    name of a score of :mod:`espalier.saliency` or a function. Scores that look at gradients ("taylor",
-    "cosine_magnitude") need ``data``, an iterable of batches, and ``loss(model, batch)``; by default a batch is
-    (inputs, labels) and the loss is the cross-entropy. Their mean over the batches is used. What goes is what has
-    little saliency for what it costs (:func:`espalier.space.selection.select`), with ``ranking`` "global", "local"
-    (every family keeps the same fraction) or "isomorphic" (families of one shape share theirs).
+    name of a score of :mod:`espalier.saliency` or a function; by default the energy of the parameters. Scores that
+    look at gradients ("taylor", "cosine_magnitude") need ``data``, an iterable of batches, and ``loss(model, batch)``;
+    by default a batch is (inputs, labels) and the loss is the cross-entropy. Their mean over the batches is used. What
+    goes is what is worth little for what it costs (:func:`espalier.space.selection.select`), with ``ranking`` "global",
+    "local" (every family keeps the same fraction) or "isomorphic" (families of one shape share theirs).
 
     With ``method`` ("omp", "backward", "ispasp", "ispasp-refit", "auxiliary", "gfs") units are chosen layer by layer
     so that the layers that read them can be refitted best (:mod:`espalier.select.reconstruct`): ``data`` are then
@@ -74,7 +74,7 @@ def prune(
                 raise SpaceError(f"method='{method}' needs data=, calibration batches (no labels needed).")
             space, solution = reconstruct(space, data, wanted, method=method)
         else:
-            selection = select(space, _scores(space, named(saliency), data, loss), wanted, ranking)
+            selection = select(space, _worth(space, named(saliency), data, loss), wanted, ranking)
             solution = space.solution(selection.removed, {"method": "prune", "amounts": dict(selection.amounts)})
         small = construct(space, solution)
         if finetune is not None:
@@ -90,14 +90,14 @@ def _amounts(space: SearchSpace, budget: Budget) -> dict[str, float]:
     return known
 
 
-def _scores(space: SearchSpace, saliency: Saliency, data: Iterable[Any] | None, loss: Loss | None) -> Tensor:
+def _worth(space: SearchSpace, saliency: Saliency, data: Iterable[Any] | None, loss: Loss | None) -> Tensor:
     groups = Groups(space)
     if data is None:
         gradients = [torch.zeros_like(t) for t in groups.tensors]
         scores = saliency(space, groups.state(gradients)).float()
         if not scores.any():
             raise SpaceError("this saliency is zero everywhere without gradients: give data= (and loss=).")
-        return scores
+        return worth(saliency, scores, groups.size)
     total, count = torch.zeros(len(space), device=groups.group.device), 0
     for batch in data:
         space.model.zero_grad()
@@ -108,7 +108,7 @@ def _scores(space: SearchSpace, saliency: Saliency, data: Iterable[Any] | None, 
     space.model.zero_grad()
     if not count:
         raise SpaceError("data= has no batches: nothing to score with (an iterator may have been used up).")
-    return total / count
+    return worth(saliency, total / count, groups.size)
 
 
 def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:

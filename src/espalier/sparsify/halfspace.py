@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from espalier.errors import BudgetError, TrainingError
-from espalier.saliency import Saliency, named
+from espalier.saliency import Saliency, named, worth
 from espalier.space.budget import Budget
 from espalier.space.chains import check_feasible, estimate, meet
 from espalier.space.search_space import SearchSpace
@@ -125,7 +125,8 @@ class H2SPG(HalfSpace):
         """
         if self._in_order:
             return meet(self.space, ascending, self.budget)
-        return select(self.space, self._scores, self.budget).removed
+        worths = worth(self.saliency, self._scores, self.groups.size)
+        return select(self.space, worths, self.budget).removed
 
     @property
     def _in_order(self) -> bool:
