@@ -99,8 +99,8 @@ def reconstruct(
             "no family of this space is read by exactly one linear layer or convolution: "
             "make it with levels=('channel', 'head')."
         )
-    if budget.params is None and budget.macs is None:
-        raise BudgetError("reconstruction takes a budget of params or macs.")
+    if not set(budget.given) <= {"params", "macs"}:
+        raise BudgetError(f"reconstruction takes a budget of params or macs, not {budget}.")
     batches = list(data) if hasattr(data, "__next__") else data
     families = {f.name: f for f in space.families if f.name in pairs}
     chosen = [families[name] for name in pairs]
@@ -112,11 +112,12 @@ def reconstruct(
     cost = FamilyCost(space, chosen)
     full = cost([f.count for f in chosen])
 
+    limits = budget.bounds({"params": full[0], "macs": full[1]})
+
     def used(sizes: Sequence[int]) -> float:
         """The largest share of any bound that is used up."""
         params, macs = cost(sizes)
-        bounds = [(params / full[0], budget.params), (macs / max(full[1], 1), budget.macs)]
-        return max(share / bound for share, bound in bounds if bound)
+        return max(amount / limits[name] for name, amount in (("params", params), ("macs", macs)) if name in limits)
 
     try:
         sizes = allocate(curves, used, 1.0, multiple=multiple)
