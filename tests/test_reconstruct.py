@@ -22,7 +22,7 @@ from espalier.errors import BudgetError, SpaceError
 from espalier.experiments.ispasp_resnet import ResNet20, inner_pairs
 from espalier.select.gfs import gfs
 from espalier.select.layerwise import SELECTORS, narrow, prune_layers
-from espalier.select.reconstruct import FamilyCost, pairs_of, reconstruct
+from espalier.select.reconstruct import pairs_of, reconstruct
 
 
 class Small(nn.Module):
@@ -116,11 +116,21 @@ def test_refitting_beats_dropping(space: espalier.SearchSpace) -> None:
     assert ours < dropped
 
 
-def test_the_cost_of_families_is_the_cost_of_the_network(space: espalier.SearchSpace) -> None:
-    chosen = [f for f in space.families if f.name in pairs_of(space)]
-    removed = [f.name_of(i) for f in chosen for i in range(f.count // 2)]
-    params, _ = FamilyCost(space, chosen)([f.count - f.count // 2 for f in chosen])
-    assert params == pytest.approx(space.cost(removed).params)
+def test_every_kind_of_bound_holds_and_widths_are_rounded(space: espalier.SearchSpace) -> None:
+    full = space.cost()
+    for budget in (
+        espalier.Budget(params=0.8),
+        espalier.Budget(params=f"{0.8 * full.params}", macs=0.9),
+        espalier.Budget(macs=0.8, round_to=4, min_keep={"inner.0": 0.5}),
+        espalier.Budget(latency="1s"),
+    ):
+        _, solution = reconstruct(space, batches(), budget)
+        cost = space.cost(solution.removed)
+        assert budget.met_by({**vars(cost), "latency": 0.0}, {**vars(full), "latency": 0.0})
+        kept = 16 - sum(name.startswith("inner.0") for name in solution.removed)
+        assert budget.round_to == 1 or (kept % 4 == 0 and kept >= 8)
+    with pytest.raises(BudgetError, match="single weights"):
+        reconstruct(space, batches(), espalier.Budget(weights=0.5))
 
 
 def test_what_cannot_be_done_is_said(space: espalier.SearchSpace) -> None:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,10 +24,13 @@ from espalier.select.layerwise import (
 )
 from espalier.select.omp import omp_path
 from espalier.select.refit import RIDGE
-from espalier.space.budget import Budget
+from espalier.space.budget import Budget, within
+from espalier.space.latency import latency, timed
 from espalier.space.search_space import SearchSpace
+from espalier.space.selection import ROUNDS, USUAL_FLOOR
 from espalier.space.solution import Solution
 from espalier.space.structure import Family
+from espalier.space.widths import Widths
 
 
 def pairs_of(space: SearchSpace) -> dict[str, Pair]:
@@ -130,8 +134,8 @@ def reconstruct(
     ``data`` are unlabelled calibration batches: tensors, or tuples or dicts of the model's arguments (labels behind
     them are ignored as :func:`espalier.curvature.moments.call` says). Returns the search space of a copy of the model
     with the refitted weights, and the solution for it; ``space.model`` is not changed. ``budget`` bounds structures,
-    parameters or MACs of the whole network, divided among the families by marginal error; or ``ratios`` says which
-    share of its units every family keeps (by family name; families that are not named keep all).
+    parameters, MACs or latency of the whole network, divided among the families by marginal error; or ``ratios`` says
+    which share of its units every family keeps (by family name; families that are not named keep all).
 
     ``method``: "omp" (orthogonal matching pursuit), "backward", "ispasp", "ispasp-refit", "auxiliary" (also "-pcg",
     "-exact": its steps by conjugate gradients or by the pseudo-inverse; "-together": all layers in each iteration),
@@ -182,7 +186,7 @@ def reconstruct(
     again = space.of(refitted)
     stays = [f.name for f in space.families if f.name not in pairs]
     name = method if isinstance(method, str) else getattr(method, "__name__", "selector")
-    bounds = {} if budget is None else vars(budget)
+    bounds = {} if budget is None else dict(budget.given)
     return again, again.solution(removed, {"method": name, "budget": bounds, "ratios": ratios, "stays": stays})
 
 
@@ -200,35 +204,63 @@ def _by_ratio(families: Sequence[Family], ratios: float | Mapping[str, float] | 
 def _within(
     space: SearchSpace, families: Sequence[Family], curves: Sequence[Tensor], budget: Budget, multiple: int
 ) -> list[int]:
-    """The sizes by marginal error that keep every bound of the budget."""
-    cost = FamilyCost(space, families)
-    every = [f.count for f in families]
-    full = cost(every)
-    may_go = budget.structures_to_remove(len(space))
+    """The sizes by marginal error that keep every bound of the budget, checked on the network of these sizes."""
+    if "weights" in budget.given:
+        raise BudgetError("weights= bounds single weights, and units are chosen here: use a method for weights.")
+    position = {f.name: k for k, f in enumerate(space.families)}
+    at = [position[f.name] for f in families]
+    full: dict[str, float] = {"structures": float(len(space)), **vars(space.cost())}
+    table, live = space.amounts, space.validity.live({})
+    if "latency" in budget.given:
+        full["latency"] = latency(space.model, space.trace.args, space.trace.kwargs)
+        table = timed(space, full["latency"])
+    bounds = budget.bounds(full)
+    targets = dict(bounds)
 
-    def shares(sizes: Sequence[int]) -> tuple[float, float]:
-        params, macs = cost(sizes)
-        return params / full[0], macs / max(full[1], 1)
+    def predicted(sizes: Sequence[int]) -> dict[str, float]:
+        removed = np.zeros(len(space.families))
+        removed[at] = [f.count - size for f, size in zip(families, sizes, strict=True)]
+        known = dict(zip(table.kinds, table(removed, live).tolist(), strict=True))
+        return {**known, "structures": len(space) - removed.sum()}
 
     def used(sizes: Sequence[int]) -> float:
         """The largest share of any bound that is used up."""
-        params, macs = shares(sizes)
-        bounds = [(params, budget.params), (macs, budget.macs)]
-        found = [share / bound if bound > 0 else float("inf") for share, bound in bounds if bound is not None]
-        if budget.structures is not None:
-            found.append((len(space) - sum(every) + sum(sizes)) / max(len(space) - may_go, 1e-9))
-        return max(found)
+        amounts = predicted(sizes)
+        return max(amounts[name] / max(bound, 1e-300) for name, bound in targets.items())
 
-    try:
-        return allocate(curves, used, 1.0, multiple=multiple)
-    except ValueError as error:
-        ones = [1] * len(families)
-        params, macs = shares(ones)
-        structures = (len(space) - sum(every) + sum(ones)) / len(space)
-        raise BudgetError(
-            f"{budget} cannot be met by the {len(families)} families that can be refitted: the nearest is "
-            f"params={params:.3f}, macs={macs:.3f} or structures={structures:.3f}."
-        ) from error
+    sizes, real = [f.count for f in families], full
+    for _ in range(ROUNDS):
+        for floor in (USUAL_FLOOR, 0.0):
+            widths = Widths(space.families, np.zeros(len(space)), budget, floor)
+            allowed = [[int(n) for n in widths.permitted(k) if n % multiple == 0 or n == widths.full[k]] for k in at]
+            try:
+                sizes = allocate(curves, used, 1.0 + 1e-9, allowed=allowed)
+                break
+            except ValueError:
+                sizes = [each[0] for each in allowed]
+        else:
+            break
+        real = _measured(space, families, sizes, bounds)
+        if within(real, bounds):
+            return sizes
+        targets = {name: t * min(1.0, 0.99 * bounds[name] / real[name]) for name, t in targets.items()}
+    real = _measured(space, families, sizes, bounds)
+    nearest = ", ".join(f"{name}={real[name] / max(full[name], 1e-300):.3f}" for name in bounds)
+    raise BudgetError(
+        f"{budget} cannot be met by the {len(families)} families that can be refitted: the nearest is {nearest}."
+    )
+
+
+def _measured(
+    space: SearchSpace, families: Sequence[Family], sizes: Sequence[int], bounds: Mapping[str, float]
+) -> dict[str, float]:
+    """What a network of these sizes takes, whichever units they are."""
+    names = [f.name_of(i) for f, size in zip(families, sizes, strict=True) for i in range(size, f.count)]
+    amounts: dict[str, float] = {"structures": float(len(space) - len(names)), **vars(space.cost(names))}
+    if "latency" in bounds:
+        model = space.zero_parameters(space.solution(names))
+        amounts["latency"] = latency(space.reduced(names, model).module, space.trace.args, space.trace.kwargs)
+    return amounts
 
 
 def expected_cost(model: nn.Module, pairs: Sequence[Pair], batches: Iterable[Any], sequential: bool = True) -> str:
@@ -251,33 +283,3 @@ def expected_cost(model: nn.Module, pairs: Sequence[Pair], batches: Iterable[Any
         work += (1 + sequential) * (2.0 * outputs * columns**2 + 3.0 * columns**3)
     passes = len(pairs) if sequential else 1
     return f"{moments}\n{passes} passes of the data; selection about {work / 1e9:.1f} GFLOP"
-
-
-class FamilyCost:
-    """Parameters and MACs as a function of how many structures each family keeps."""
-
-    def __init__(self, space: SearchSpace, families: Sequence[Family]):
-        self.counts = [f.count for f in families]
-        macs = space.macs_by_weight()
-        self.rest = space.reachable_cost(()).macs - sum(macs.values())
-        self.items: list[tuple[int, int, list[list[tuple[int, float]]]]] = []
-        touching: dict[str, dict[int, list[tuple[int, float]]]] = {}
-        for k, family in enumerate(families):
-            for piece in (*family.slices, *family.readers):
-                if piece.owner is not None and piece.dim is not None:
-                    share = float((piece.owner >= 0).float().mean())
-                    touching.setdefault(piece.parameter, {}).setdefault(piece.dim, []).append((k, share))
-        for name, parameter in space.model.named_parameters():
-            axes = list(touching.get(name, {}).values())
-            self.items.append((parameter.numel(), macs.get(name, 0), axes))
-
-    def __call__(self, sizes: Sequence[int]) -> tuple[float, float]:
-        lost = [1.0 - size / count for size, count in zip(sizes, self.counts, strict=True)]
-        params, macs = 0.0, float(self.rest)
-        for numel, work, axes in self.items:
-            share = 1.0
-            for axis in axes:
-                share *= 1.0 - sum(part * lost[k] for k, part in axis)
-            params += numel * share
-            macs += work * share
-        return params, macs
