@@ -268,8 +268,8 @@ def expected_cost(model: nn.Module, pairs: Sequence[Pair], batches: Iterable[Any
 
     >>> model = nn.Sequential(nn.Linear(4, 300), nn.ReLU(), nn.Linear(300, 2))
     >>> print(expected_cost(model, [Pair(("0",), ("2",))], [torch.rand(64, 4)]))
-    second moments of 1 layers: 0.7 MiB, 0.1 MFLOP per sample besides the forward pass
-    1 passes of the data; selection about 0.1 GFLOP
+    second moments of 1 layers: 0.7 MiB, 0.2 MFLOP per sample besides the forward pass
+    1 passes of the data; selection about 0.2 GFLOP
     """
     first = next(iter(batches), None)
     if first is None:
