@@ -339,6 +339,7 @@ def test_the_measurement_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         return measured[-1]
 
     monkeypatch.setattr(selection, "latency", clock)
+    monkeypatch.setattr(selection, "latencies", lambda models, *inputs: [clock(m, inputs) for m in models])
     monkeypatch.setattr(latency_module, "PER_OPERATOR", 1e-4)
     torch.manual_seed(0)
     space = channels(chain(32, 90, 90, 90, 4), torch.rand(2, 32))
