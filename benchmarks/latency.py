@@ -23,6 +23,7 @@ from zoo_example import import_torchvision
 
 import espalier
 from espalier import Budget
+from espalier.errors import BudgetError
 from espalier.space.cost import count_macs
 from espalier.space.latency import latency
 
@@ -75,7 +76,7 @@ def one(name: str) -> None:
         start = time.perf_counter()
         try:
             networks[label] = espalier.prune(model, x, budget=budget)
-        except espalier.errors.BudgetError as error:
+        except BudgetError as error:
             failures[label] = str(error)
         seconds[label] = time.perf_counter() - start
     macs = {label: count_macs(network, (x,)) for label, network in networks.items()}
