@@ -21,7 +21,7 @@ import tyro
 from torch import nn
 
 from espalier.curvature.gradients import GradientOptions, gradients
-from espalier.experiments.chita import load_task
+from espalier.experiments.chita_task import load_task
 from espalier.select import cbs, chita, mfac, objective, woodfisher
 from espalier.select.result import Result
 

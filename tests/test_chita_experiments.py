@@ -8,6 +8,7 @@ import pytest
 
 from espalier.curvature.layout import WeightLayout
 from espalier.experiments import chita as experiment
+from espalier.experiments.chita_gradual import Short, Stairs, gradual
 
 needs_data = pytest.mark.skipif(
     "ESPALIER_DATA" not in os.environ, reason="ESPALIER_DATA is not set: no MNIST, CIFAR-10 or checkpoints"
@@ -40,6 +41,29 @@ def test_cells_are_written_once(tmp_path):
     text = experiment.table(out)
     assert "| magnitude |" in text
     assert "*93.93*" in text
+
+
+@needs_data
+def test_gradual_run_stops_and_goes_on_bit_by_bit(tmp_path):
+    recipe = Short((0.8, 0.9), 0.5, (2, 1), (2, 1), images=96, batch=32, n=20, m=2, judged=64)
+    models = []
+    for folder, stops in (("once", (None,)), ("often", (1, 1, None))):
+        for stop in stops:
+            task = experiment.load_task("resnet20")
+            (tmp_path / folder).mkdir(exist_ok=True)
+            model = gradual(task, "exchange", tmp_path / folder / "exchange-0", 0, recipe, stop)
+        models.append(model.state_dict())
+    assert all(models[0][name].equal(value) for name, value in models[1].items())
+    lines = [json.loads(line) for line in (tmp_path / "often" / "exchange-0.jsonl").read_text().splitlines()]
+    assert [line["zeros"] for line in lines if "target" in line] == [268_336 - 53_667, 268_336 - 26_833]
+
+
+def test_stairs_reach_every_target():
+    stairs = Stairs(Short())
+    aims = [stairs.sparsity(stairs.event(epoch)) for epoch in range(25) if stairs.event(epoch) is not None]
+    assert aims == sorted(aims)
+    assert len(aims) == 12
+    assert {0.5, 0.9, 0.95, 0.98} <= {round(a, 12) for a in aims}
 
 
 def test_missing_data_is_said(monkeypatch):

@@ -9,25 +9,21 @@ Each cell (method, sparsity, seed) is one line of JSON; cells that are already t
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from espalier.curvature.dual import DualInverse
 from espalier.curvature.gradients import Gradients, gradients
-from espalier.curvature.layout import WeightLayout, convolution_and_linear
+from espalier.curvature.layout import WeightLayout
 from espalier.curvature.woodbury import BlockWoodburyInverse
-from espalier.models.mlpnet import MLPNet
-from espalier.models.resnet_cifar import resnet20
+from espalier.experiments.chita_task import PAPER, SPARSITIES, Network, Task, accuracy, load_task
 from espalier.select.cbs import cbs
 from espalier.select.magnitude import magnitude
 from espalier.select.multistage import StageOptions, chita_plus_plus, prune_once
@@ -36,32 +32,8 @@ from espalier.select.patterns import cardinality
 from espalier.select.problem import Problem
 from espalier.select.result import Result
 
-Network = Literal["mlpnet", "resnet20"]
-Pair = tuple[Tensor, Tensor]
-SPARSITIES = {
-    "mlpnet": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
-    "resnet20": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-}
-HELD_OUT = {"mlpnet": 10_000, "resnet20": 5_000}
 ONE_SHOT = ("magnitude", "woodfisher", "cbs", "mfac", "chita", "ours-one-shot")
 STAGED = ("chita++", "ours")
-
-PAPER: dict[str, dict[str, tuple[float, ...]]] = {
-    "mlpnet": {
-        "magnitude": (93.93, 93.78, 93.62, 92.89, 90.30, 83.64, 32.25),
-        "woodfisher": (94.02, 93.82, 93.77, 93.57, 91.69, 85.54, 38.26),
-        "cbs": (93.96, 93.96, 93.98, 93.90, 93.14, 88.92, 55.45),
-        "chita": (93.97, 93.94, 93.80, 93.59, 92.46, 88.09, 46.25),
-        "chita++": (95.97, 95.93, 95.89, 95.80, 95.55, 94.70, 90.73),
-    },
-    "resnet20": {
-        "magnitude": (90.77, 89.98, 88.44, 85.24, 78.79, 54.01, 11.79),
-        "woodfisher": (91.37, 91.15, 90.23, 87.96, 81.05, 62.63, 11.49),
-        "cbs": (91.35, 91.21, 90.58, 88.88, 81.84, 51.28, 13.68),
-        "chita": (91.37, 91.19, 90.60, 89.22, 84.12, 57.90, 15.60),
-        "chita++": (91.25, 91.20, 91.04, 90.78, 90.38, 88.72, 79.32),
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -110,57 +82,6 @@ SETTINGS: dict[str, Settings] = {
         path=(0.15, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.77, 0.8, 0.83, 0.86, 0.88, 0.9),
     ),
 }
-
-
-@dataclass(frozen=True)
-class Task:
-    """A dense network, the data for gradients, and the images on which it is judged."""
-
-    model: nn.Module
-    train: Pair
-    judge: Pair
-    prunable: Callable[[str, nn.Module, nn.Parameter], bool]
-
-
-def without_shortcuts(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
-    """The pruned weights of the paper's ResNet-20: not the 1 × 1 shortcut convolutions (p = 268,336)."""
-    return convolution_and_linear(name, module, parameter) and "downsample" not in name
-
-
-def load_task(network: Network, split: Literal["test", "held-out"] = "test") -> Task:
-    """Read the checkpoint and the data below $ESPALIER_DATA; settings are chosen with split="held-out"."""
-    root = os.environ.get("ESPALIER_DATA")
-    if not root:
-        raise RuntimeError("set ESPALIER_DATA to the folder that holds mnist/, cifar10/ and checkpoints/")
-    folder, checkpoint = {
-        "mlpnet": ("mnist", "mlpnet-mnist.safetensors"),
-        "resnet20": ("cifar10", "resnet20-cifar10.safetensors"),
-    }[network]
-    model = MLPNet() if network == "mlpnet" else resnet20()
-    model.load_state_dict(load_file(Path(root) / "checkpoints" / checkpoint))
-    train = _read(Path(root) / folder, "train")
-    order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
-    kept, held = order[: -HELD_OUT[network]], order[-HELD_OUT[network] :]
-    judge = (train[0][held], train[1][held]) if split == "held-out" else _read(Path(root) / folder, "test")
-    prunable = without_shortcuts if network == "resnet20" else convolution_and_linear
-    return Task(model.eval(), (train[0][kept], train[1][kept]), judge, prunable)
-
-
-def _read(folder: Path, part: str) -> Pair:
-    images = torch.from_numpy(np.load(folder / f"{part}-images.npy")).float().div_(255)
-    labels = torch.from_numpy(np.load(folder / f"{part}-labels.npy")).long()
-    if images.ndim == 3:
-        return images.sub_(0.1307).div_(0.3081)[:, None], labels
-    return images.sub_(0.5).div_(0.5).permute(0, 3, 1, 2).contiguous(), labels
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Pair) -> float:
-    """Top-1 accuracy in per cent."""
-    right = sum(
-        int((model(x).argmax(1) == y).sum()) for x, y in zip(data[0].split(250), data[1].split(250), strict=True)
-    )
-    return 100 * right / len(data[0])
 
 
 def one_shot(method: str, found: Gradients, k: int, settings: Settings) -> Result:
