@@ -49,7 +49,7 @@ class Short:
     decay: float = 1e-4
     n: int = 500
     m: int = 8
-    ridge: float = 1e-3
+    ridge: float = 1e-4
     judged: int = 10_000
 
 
