@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from espalier.curvature.layout import WeightLayout
 from espalier.experiments import chita as experiment
 from espalier.experiments.chita_gradual import Short, Stairs, gradual
+from espalier.select.multistage import StageOptions
 
 needs_data = pytest.mark.skipif(
     "ESPALIER_DATA" not in os.environ, reason="ESPALIER_DATA is not set: no MNIST, CIFAR-10 or checkpoints"
@@ -83,3 +85,21 @@ def test_table_shows_mean_and_standard_error(tmp_path):
     cell = {"network": "mlpnet", "method": "ours", "sparsity": 0.5, "objective": 1, "cpu_seconds": 2}
     out.write_text("".join(json.dumps({**cell, "accuracy": a}) + "\n" for a in (90.0, 92.0)))
     assert "| ours | 91.00 (1.00) |" in experiment.table(out)
+
+
+@needs_data
+def test_stages_on_photographs_stop_and_go_on(tmp_path, monkeypatch):
+    task = experiment.load_task("resnet20", "held-out")
+    task = replace(task, judge=(task.judge[0][:250], task.judge[1][:250]))
+    options = StageOptions(1, "cubic", 8, 2, 0.1, True, "exchange", drop_dead=False, recalibrate=20)
+    path, state = (0.2, 0.3, 0.4), tmp_path / "state.pt"
+    whole = list(experiment._stage_by_stage(task, options, path, list(path), 0, state))
+    state.unlink()
+    run = experiment._stage_by_stage(task, options, path, list(path), 0, state)
+    first = [next(run), next(run)]
+    run.close()  # stopped before the second stage is written down
+    rest = list(experiment._stage_by_stage(task, options, path, list(path), 0, state))
+    assert len(rest) == 2
+    for a, b in zip(whole, [first[0], *rest], strict=True):
+        assert a["objective"] == b["objective"]
+        assert a["accuracy"] == b["accuracy"]

@@ -68,6 +68,8 @@ def load_task(network: Network, split: Literal["test", "held-out"] = "test") -> 
     }[network]
     model = MLPNet() if network == "mlpnet" else resnet20()
     model.load_state_dict(load_file(Path(root) / "checkpoints" / checkpoint))
+    if network == "resnet20":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train = _read(Path(root) / folder, "train")
     order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
     kept, held = order[: -HELD_OUT[network]], order[-HELD_OUT[network] :]
@@ -81,7 +83,7 @@ def _read(folder: Path, part: str) -> Pair:
     labels = torch.from_numpy(np.load(folder / f"{part}-labels.npy")).long()
     if images.ndim == 3:
         return images.sub_(0.1307).div_(0.3081)[:, None], labels
-    return images.sub_(0.5).div_(0.5).permute(0, 3, 1, 2).contiguous(), labels
+    return images.sub_(0.5).div_(0.5).permute(0, 3, 1, 2), labels
 
 
 @torch.no_grad()
