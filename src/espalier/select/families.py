@@ -80,7 +80,9 @@ def prune_structures(
     samples: Any = list(data) if hasattr(data, "__next__") else data
     sample = draw(samples, options.n * options.batch, torch.Generator().manual_seed(options.seed))
     model.eval()
-    found = gradients(model, loss, sample, options.n, options.batch, convolution_and_linear, options.gradient)
+    found = gradients(
+        model, loss, sample, options.n, options.batch, convolution_and_linear, options.gradient
+    ).gathered()
     plan = charged(space, found.layout)
     problem = Problem.of(found.A, None, found.w_bar, options.ridge)
     costs = plan.costs(space, budget)

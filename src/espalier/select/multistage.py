@@ -123,7 +123,7 @@ def in_stages(
     for stage, density in enumerate(steps, 1):
         sample = draw(data, options.n * options.batch, generator)
         try:
-            found = gradients(model, loss, sample, options.n, options.batch, prunable, options.gradient)
+            found = gradients(model, loss, sample, options.n, options.batch, prunable, options.gradient).gathered()
         except ValueError as error:
             raise ValueError(f"stage {stage} of {len(steps)}: {error}") from error
         quota = (

@@ -174,7 +174,7 @@ def _once(choose: Callable[[Gradients, Quota, StageOptions], Result]) -> WeightM
         prunable: Predicate,
     ) -> tuple[Result, nn.Module]:
         sample = draw(data, options.n * options.batch, torch.Generator().manual_seed(options.seed))
-        found = gradients(model, loss, sample, options.n, options.batch, prunable, options.gradient)
+        found = gradients(model, loss, sample, options.n, options.batch, prunable, options.gradient).gathered()
         result = choose(found, allowed(found.layout, keep), options)
         pruned = copy.deepcopy(model)
         found.layout.write(pruned, result.weights)
