@@ -8,10 +8,12 @@ exactly (ρ/2) z_gᵀ(I − H_g)⁻¹z_g, and bringing one in lowers it by (ρ/2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
+from espalier.curvature.layout import WeightLayout
 from espalier.curvature.matrix import columns
 from espalier.select.dual import DualState
 from espalier.select.problem import Problem
@@ -164,6 +166,27 @@ def exchange_alike(
         state, kept[add], kept[drop] = trial, True, False
         history.append(state.objective)
     return kept, history
+
+
+def block_groups(layout: WeightLayout, shape: tuple[int, int]) -> Tensor:
+    """The group of each weight where every matrix [outputs, inputs · kernel] is cut into blocks of `shape`, int64 [p].
+
+    >>> block_groups(WeightLayout(("w",), ((2, 4),)), (2, 2)).tolist()
+    [0, 0, 1, 1, 0, 0, 1, 1]
+
+    Blocks at the right and lower edge are smaller where the shape does not divide the matrix. Groups for
+    `structured_chita`: with costs of `torch.bincount(groups)`, its budget is a number of weights.
+    """
+    if min(shape) < 1:
+        raise ValueError(f"blocks of {shape[0]} × {shape[1]}: both sides must be at least 1")
+    groups, first = [], 0
+    for size in layout.shapes:
+        rows, columns = size[0], prod(size[1:])
+        across = -(-columns // shape[1])
+        block = torch.arange(rows)[:, None] // shape[0] * across + torch.arange(columns) // shape[1]
+        groups.append(first + block.reshape(-1))
+        first += -(-rows // shape[0]) * across
+    return torch.cat(groups)
 
 
 def members_of(group: Tensor, count: int) -> Tensor:
