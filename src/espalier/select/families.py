@@ -57,6 +57,7 @@ def prune_structures(
 ) -> tuple[SearchSpace, Solution]:
     """Choose the structures that go by problem (5), and refit the weights that stay.
 
+    >>> from torch import nn
     >>> from espalier import construct, search_space
     >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> data = torch.randn(200, 4), torch.randint(2, (200,))
@@ -157,6 +158,7 @@ class Plan:
 def charged(space: SearchSpace, layout: WeightLayout) -> Plan:
     """Assign every weight of the layout to structures of the space.
 
+    >>> from torch import nn
     >>> from espalier import search_space
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> plan = charged(search_space(model, torch.rand(2, 2), levels=("channel",)), WeightLayout.of(model))
