@@ -251,6 +251,14 @@ def test_bad_scores() -> None:
         select(space, torch.rand(8), Budget(weights=0.5))
 
 
+def test_latencies_are_not_for_an_order() -> None:
+    space = channels(chain(3, 8, 2), torch.rand(2, 3))
+    with pytest.raises(BudgetError, match="H2SPG takes latencies"):
+        espalier.DHSPG(space, budget=Budget(latency=0.5), lr=0.1)
+    with pytest.raises(BudgetError, match="not latency"):
+        space.sample(Budget(latency=0.5))
+
+
 # Widths.
 
 
