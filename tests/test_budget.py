@@ -255,7 +255,7 @@ def test_latencies_are_not_for_an_order() -> None:
     space = channels(chain(3, 8, 2), torch.rand(2, 3))
     with pytest.raises(BudgetError, match="H2SPG takes latencies"):
         espalier.DHSPG(space, budget=Budget(latency=0.5), lr=0.1)
-    with pytest.raises(BudgetError, match="not latency"):
+    with pytest.raises(BudgetError, match="not Budget"):
         space.sample(Budget(latency=0.5))
 
 
