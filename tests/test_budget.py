@@ -251,6 +251,14 @@ def test_bad_scores() -> None:
         select(space, torch.rand(8), Budget(weights=0.5))
 
 
+def test_latencies_are_not_for_an_order() -> None:
+    space = channels(chain(3, 8, 2), torch.rand(2, 3))
+    with pytest.raises(BudgetError, match="H2SPG takes latencies"):
+        espalier.DHSPG(space, budget=Budget(latency=0.5), lr=0.1)
+    with pytest.raises(BudgetError, match="not Budget"):
+        space.sample(Budget(latency=0.5))
+
+
 # Widths.
 
 
@@ -339,6 +347,7 @@ def test_the_measurement_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         return measured[-1]
 
     monkeypatch.setattr(selection, "latency", clock)
+    monkeypatch.setattr(selection, "latencies", lambda models, *inputs: [clock(m, inputs) for m in models])
     monkeypatch.setattr(latency_module, "PER_OPERATOR", 1e-4)
     torch.manual_seed(0)
     space = channels(chain(32, 90, 90, 90, 4), torch.rand(2, 32))

@@ -19,6 +19,8 @@ def meet(space: "SearchSpace", order: Sequence[str], budget: Budget) -> list[str
     The result is at most the budget, and one structure fewer would exceed it. Raises :class:`BudgetError`,
     naming the nearest that can be met, if the order and a few others all end before the budget is met.
     """
+    if not set(budget.given) <= {"structures", "params", "macs"}:
+        raise BudgetError(f"an order of structures meets bounds on structures, params and macs, not {budget}.")
     least = budget.structures_to_remove(len(space))
     fits = _Within(space, budget)
     chain = space.removable_in_order(order)
@@ -99,11 +101,8 @@ class _Within:
 
 def _bounds(budget: Budget, full: Cost) -> dict[str, float]:
     """The bounds on parameters and MACs, as amounts."""
-    for name in ("latency", "weights"):
-        if name in budget.given:
-            raise BudgetError(f"a random or ascending order meets structures, params and macs, not {name}.")
-    bounds = budget.bounds({**vars(full), "structures": 0.0})
-    return {name: bound for name, bound in bounds.items() if name != "structures"}
+    bounds = budget.bounds({**vars(full), "structures": 0.0, "latency": 0.0, "weights": 0.0})
+    return {name: bound for name, bound in bounds.items() if name in vars(full)}
 
 
 def _other_orders(space: "SearchSpace", order: Sequence[str]) -> list[list[str]]:

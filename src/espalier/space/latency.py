@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from espalier.space.search_space import SearchSpace
 
 SHARES = ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5), (0.5, 0.5), (0.25, 0.25))  # of a layer's inputs and outputs
+TURNS = 15
+LARGE = 30 << 20  # bytes, below the largest block that glibc takes from its own heap
 PER_OPERATOR = 0.02  # seconds of repetitions for one entry of the table
 
 
@@ -35,14 +37,34 @@ def latency(
 
     On the device that the model and the inputs lie on, with as many threads as torch uses.
     """
+    return latencies([model], args, kwargs, seconds)[0]
+
+
+def latencies(
+    models: Sequence[nn.Module],
+    args: tuple[Any, ...] | Tensor,
+    kwargs: Mapping[str, Any] | None = None,
+    seconds: float = 1.0,
+) -> list[float]:
+    """The :func:`latency` of several models, run in turns so that the machine's other load falls on all alike."""
     inputs = args if isinstance(args, tuple) else (args,)
-    timer = Timer(
-        "model(*inputs, **named)",
-        globals={"model": model, "inputs": inputs, "named": dict(kwargs or {})},
-        num_threads=torch.get_num_threads(),
-    )
-    with _evaluating(model):
-        return timer.blocked_autorange(min_run_time=seconds).median
+    timers = [
+        Timer(
+            "model(*inputs, **named)",
+            globals={"model": model, "inputs": inputs, "named": dict(kwargs or {})},
+            num_threads=torch.get_num_threads(),
+        )
+        for model in models
+    ]
+    # Freed once, a large block makes glibc keep memory that it would else return and fault in again at every run:
+    # without it the time depends on what the process happened to allocate before.
+    torch.empty(LARGE, dtype=torch.uint8)
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(_evaluating(model))
+        calls = [max(1, int(seconds / TURNS / max(timer.timeit(2).mean, 1e-9))) for timer in timers]
+        turns = [[timer.timeit(n).mean for timer, n in zip(timers, calls, strict=True)] for _ in range(TURNS)]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
 def timed(space: "SearchSpace", whole: float) -> Amounts:

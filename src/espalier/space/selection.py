@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.errors import BudgetError, SpaceError
 from espalier.space.budget import Budget, within
 from espalier.space.knapsack import Choice, Knapsack
-from espalier.space.latency import latency, timed
+from espalier.space.latency import latencies, latency, timed
 from espalier.space.ranking import RANKINGS, ranked
 from espalier.space.widths import Widths
 
@@ -125,8 +125,13 @@ class _Asked:
             amounts |= vars(self.space.cost(names))
         if "latency" in self.bounds:
             model = self.space.zero_parameters(self.space.solution(names))
-            amounts["latency"] = latency(self.space.reduced(names, model).module, *self.inputs)
+            amounts["latency"] = self._latency(self.space.reduced(names, model).module)
         return amounts
+
+    def _latency(self, small: nn.Module) -> float:
+        """Measured beside the full network, which has changed if other work has come or gone meanwhile."""
+        full, now = latencies([self.space.model, small], *self.inputs)
+        return now if isinstance(self.budget.latency, str) else now / full * self.full["latency"]
 
     def corrected(
         self, targets: Mapping[str, float], expected: Mapping[str, float], real: Mapping[str, float]

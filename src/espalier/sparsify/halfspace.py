@@ -217,6 +217,8 @@ class DHSPG(H2SPG):
         return self.budget.met_by(left, {"structures": len(self.space), **vars(self.space.reachable_cost(()))})
 
     def _check_budget(self) -> None:
+        if not set(self.budget.given) <= {"structures", "params", "macs"}:
+            raise BudgetError(f"DHSPG counts structures, params and macs, not {self.budget}: H2SPG takes latencies.")
         if not self._within(list(self.space.structures.names)):
             raise BudgetError(f"{self.budget} cannot be met, not even without all {len(self.space)} structures.")
 
