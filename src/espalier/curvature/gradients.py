@@ -252,13 +252,13 @@ def _with_progress(
 def _rows_by_vmap(
     model: nn.Module, loss: Loss, layout: WeightLayout, inputs: Tensor, targets: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    state = {name: p.detach() for name, p in model.named_parameters()}
+    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     wanted = {name: state[name] for name in layout.names}
 
     def value(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return loss(torch.func.functional_call(model, {**state, **weights}, (x,)), y)
 
-    x = inputs.reshape(rows, -1, *inputs.shape[1:])
+    x = inputs.contiguous().reshape(rows, -1, *inputs.shape[1:])
     y = targets.reshape(rows, -1, *targets.shape[1:])
     try:
         grads, values = torch.func.vmap(torch.func.grad_and_value(value), in_dims=(None, 0, 0))(wanted, x, y)
