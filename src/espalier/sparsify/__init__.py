@@ -8,8 +8,9 @@ from espalier.sparsify.probability import HardSigmoid, Sigmoid
 from espalier.sparsify.proxsgd import PAPER, ProxSGD
 from espalier.sparsify.rmda import RMDA
 from espalier.sparsify.schedule import PowerDecay
-from espalier.sparsify.sites import Site, input_gates, output_gates, structure_gates
+from espalier.sparsify.sites import Site, input_gates, output_gates
 from espalier.sparsify.sliced import sliced
+from espalier.sparsify.space_gates import SpaceGates
 
 __all__ = [
     "DHSPG",
@@ -25,6 +26,7 @@ __all__ = [
     "ProxSGPlus",
     "Sigmoid",
     "Site",
+    "SpaceGates",
     "bisect_mu",
     "input_gates",
     "layer_groups",
@@ -32,5 +34,4 @@ __all__ = [
     "output_gates",
     "sliced",
     "space_groups",
-    "structure_gates",
 ]
