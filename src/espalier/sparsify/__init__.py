@@ -6,7 +6,7 @@ from espalier.sparsify.grouping import Grouping, layer_groups, named_groups, spa
 from espalier.sparsify.halfspace import DHSPG, H2SPG, HSPG, ProxSGPlus
 from espalier.sparsify.probability import HardSigmoid, Sigmoid
 from espalier.sparsify.proxsgd import PAPER, ProxSGD
-from espalier.sparsify.rmda import RMDA
+from espalier.sparsify.rmda import RAMDA, RMDA
 from espalier.sparsify.schedule import PowerDecay
 from espalier.sparsify.sites import Site, input_gates, output_gates
 from espalier.sparsify.sliced import sliced
@@ -17,6 +17,7 @@ __all__ = [
     "H2SPG",
     "HSPG",
     "PAPER",
+    "RAMDA",
     "RMDA",
     "Gates",
     "Grouping",
