@@ -1,5 +1,6 @@
 """ProxSGD and RMDA: against the loop over groups, exact sparsity, schedules, resuming, search of μ."""
 
+import sys
 import warnings
 
 import pytest
@@ -314,17 +315,32 @@ def test_bisection_tolerates_what_is_not_monotone():
     assert len(never.trials) == 4
 
 
-def test_search_needs_optuna_or_resumes(tmp_path):
-    try:
-        import optuna
-    except ImportError:
-        with pytest.raises(ImportError, match=r"espalier\[search\]"):
-            search(lambda mu, lr, rho: mu)
-        return
+def test_search_needs_optuna(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ImportError, match=r"pip install 'espalier\[search\]'"):
+        search(lambda mu, lr, rho: mu)
+
+
+def test_search_resumes_from_its_storage(tmp_path):
+    optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = f"sqlite:///{tmp_path}/search.db"
-    assert len(search(lambda mu, lr, rho: mu, trials=2, storage=storage).trials) == 2
-    assert len(search(lambda mu, lr, rho: mu, trials=3, storage=storage).trials) == 3
+    storage, seen = f"sqlite:///{tmp_path}/search.db", []
+
+    def objective(mu, lr, rho):
+        seen.append((mu, lr, rho))
+        if len(seen) == 3:
+            raise KeyboardInterrupt  # stopped in the middle of the third trial
+        return mu
+
+    with pytest.raises(KeyboardInterrupt):
+        search(objective, trials=5, storage=storage)
+    study = search(objective, trials=5, storage=storage)
+    assert sum(t.state.name == "COMPLETE" for t in study.trials) == 5
+    assert len(set(seen)) == len(seen) == 6  # no draw is made twice
+    assert study.best_value == min(mu for i, (mu, _, _) in enumerate(seen) if i != 2)
+    search(objective, trials=5, storage=storage)
+    assert len(seen) == 6  # nothing left to do
+    assert all(1e-5 <= mu <= 1 and 1e-4 <= lr <= 0.1 and 0.05 <= rho <= 1 for mu, lr, rho in seen)
 
 
 def test_bad_input():

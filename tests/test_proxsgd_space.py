@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from espalier import construct, search_space
 from espalier.errors import SpaceError
 from espalier.models import DARTS
-from espalier.sparsify import RAMDA, RMDA, ProxSGD, space_groups
+from espalier.sparsify import RAMDA, RMDA, ProxSGD, fit_to_target, kept_share, space_groups
 
 
 class Strided(nn.Module):
@@ -62,7 +62,7 @@ def test_before_and_after_removal_are_identical(name, make):
     """What the support says is zero goes; the network that remains computes what the snapped one does."""
     model, x, space, opt = trained(name, make)
     zero = opt.snap()
-    assert 0 < len(zero)
+    assert zero
     before = model(x)
     solution = opt.solution()
     small = construct(space, solution)
@@ -137,7 +137,41 @@ def test_levels_that_overlap_are_refused():
 
 
 def test_the_step_leaves_the_model_whole():
-    model, x, space, opt = trained("channel, residual")
+    model, _, _, opt = trained("channel, residual")
     twin = copy.deepcopy(model)
     opt.solution()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("of", ["structures", "params", "macs"])
+def test_mu_for_a_target(of):
+    torch.manual_seed(0)
+    model, x = Strided().double(), torch.randn(16, 3, 6, 6, dtype=torch.float64)
+    space, y, starts = search_space(model, x, levels=("channel",)), torch.arange(16) % 3, []
+
+    def fit(mu):
+        starts.append(sum(float(p.detach().square().sum()) for p in model.parameters()))
+        opt = ProxSGD(space_groups(space), mu=mu, lr=0.1)
+        for _ in range(60):
+            opt.zero_grad()
+            cross_entropy(model(x), y).backward()
+            opt.step()
+        return opt
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = fit_to_target(space, fit, 0.6, of=of, mu=0.02, tolerance=0.2)
+    assert found.met, [(t.mu, t.share) for t in found.trials]
+    assert len(set(starts)) > 1  # warm starts
+    solution = found.best.state.solution
+    small = construct(space, solution)
+    full, left = space.cost(), space.cost(solution.removed)
+    share = {
+        "structures": 1 - len(solution.removed) / len(space),
+        "params": sum(p.numel() for p in small.parameters()) / full.params,
+        "macs": left.macs / full.macs,
+    }[of]
+    assert found.best.share == pytest.approx(share)
+    torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-9, atol=1e-12)
+    with pytest.raises(SpaceError, match="there are structures, params and macs"):
+        kept_share(space, solution, "latency")

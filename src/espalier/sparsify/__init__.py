@@ -1,6 +1,6 @@
 """Drive structures to zero while training."""
 
-from espalier.sparsify.bisect import bisect_mu
+from espalier.sparsify.bisect import bisect_mu, fit_to_target, kept_share
 from espalier.sparsify.gates import Gates
 from espalier.sparsify.grouping import Grouping, layer_groups, named_groups, space_groups
 from espalier.sparsify.halfspace import DHSPG, H2SPG, HSPG, ProxSGPlus
@@ -29,7 +29,9 @@ __all__ = [
     "Site",
     "SpaceGates",
     "bisect_mu",
+    "fit_to_target",
     "input_gates",
+    "kept_share",
     "layer_groups",
     "named_groups",
     "output_gates",
