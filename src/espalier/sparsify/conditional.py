@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from espalier.sparsify.sites import Site
 
@@ -64,10 +64,9 @@ class Narrowing:
         stays = _all(every, is_open)
         return (stays[_all(arriving, is_open)] if arriving else stays).nonzero().flatten()
 
-    def parameters(self, model: nn.Module, kept: Mapping[tuple[str, int], Tensor]) -> dict[str, Tensor]:
+    def parameters(self, own: Mapping[str, Tensor], kept: Mapping[tuple[str, int], Tensor]) -> dict[str, Tensor]:
         """The narrowed parameters; gradients flow back into the full ones."""
         names = dict.fromkeys(name for name, _ in kept)
-        own = dict(model.named_parameters())
         take = _Take.apply if torch.is_grad_enabled() else _taken
         return {name: take(own[name], kept.get((name, 0)), kept.get((name, 1))) for name in names}  # type: ignore[misc]
 

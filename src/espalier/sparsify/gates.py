@@ -82,7 +82,7 @@ class Gates(Gating):
         counts = [site.count for site in sites]
         sizes = torch.tensor([float(s.size) for s in sites]).repeat_interleave(torch.tensor(counts))
         super().__init__(model, [s.name for s in sites], counts, sizes, options)
-        self.sites, self.conditional = tuple(sites), conditional
+        self.sites, self.conditional, self._own = tuple(sites), conditional, own
         self.narrowing = Narrowing.of(self.sites)
         stops = torch.tensor(counts).cumsum(0).tolist()
         self._span = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
@@ -99,13 +99,13 @@ class Gates(Gating):
             if any(len(k) == 0 for k in self._kept.values()):
                 self._kept = None  # a layer without any unit: multiply instead
                 return self.model(*args, **kwargs)
-            return functional_call(self.model, self.narrowing.parameters(self.model, self._kept), args, kwargs)
+            return functional_call(self.model, self.narrowing.parameters(self._own, self._kept), args, kwargs)
         finally:
             self._kept = None
 
     def expected_squares(self, pi: Tensor) -> Tensor:
         """``E|θ|²`` of the gated layers' weights for gates of these probabilities, Eq. (18)."""
-        own, total = dict(self.model.named_parameters()), pi.new_zeros(())
+        own, total = self._own, pi.new_zeros(())
         for site, span in zip(self.sites, self._span, strict=True):
             for part in site.scaled[:1]:
                 total = total + expected_l2(pi[span].view(_along(part.dim, own[part.parameter])), own[part.parameter])
@@ -120,7 +120,7 @@ class Gates(Gating):
 
     def masks(self) -> dict[str, Tensor]:
         """Boolean masks of the parameters that closed units of layers leave, by parameter name."""
-        own = dict(self.model.named_parameters())
+        own = self._own
         is_open = self.expected().detach() > 0
         masks: dict[str, Tensor] = {}
         for (name, dim), which in self.narrowing.index.items():
@@ -134,7 +134,7 @@ class Gates(Gating):
         """Fold kept gates into the model's parameters, put closed ones at zero, take the hooks off; returns
         the model.
         """
-        own = dict(self.model.named_parameters())
+        own = self._own
         for site, gate in zip(self.sites, self.expected().split(self.counts), strict=True):
             for part in site.scaled:
                 weight = own[part.parameter]
@@ -151,7 +151,7 @@ class Gates(Gating):
         of_pi = self._buffers["_cost"].clone()  # type: ignore[union-attr]
         if not self.weight_decay:
             return of_pi
-        own = dict(self.model.named_parameters())
+        own = self._own
         for site, span in zip(self.sites, self._span, strict=True):
             for part in site.scaled[:1]:
                 weight = own[part.parameter]
