@@ -92,6 +92,7 @@ def test_gradient_of_a_network_is_unbiased(estimator, per_sample, g):
         g=g,
         lam=0.02,
         weight_decay=0.3,
+        l1=0.05 if estimator == "arm" else 0.0,
         initial=0.4,
         per_sample=per_sample,
     ).double()

@@ -158,11 +158,12 @@ def test_gradient_is_unbiased(estimator, per_sample, g):
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     bare, x, y = copy.deepcopy(model), torch.randn(6, 3).double(), torch.randint(2, (6,))
     space = search_space(model, x, levels=("channel",))
-    options = {"estimator": estimator, "g": g, "lam": 0.02, "weight_decay": 0.3, "initial": 0.4}
+    options = {"estimator": estimator, "g": g, "lam": 0.02, "weight_decay": 0.3, "l1": 0.05, "initial": 0.4}
     gates = SpaceGates(space, per_sample=per_sample, **options).double()
     pi = gates.probabilities()
     rows = torch.cat([bare[0].weight, bare[0].bias[:, None]], 1)
     exact = 0.02 * 4 * pi.sum() + 0.15 * (pi[:, None] * rows.square()).sum()  # |g| = 4 elements
+    exact = exact + 0.05 * (pi[:, None] * rows.abs()).sum()
     for z in itertools.product((0.0, 1.0), repeat=4):
         z = torch.tensor(z, dtype=torch.float64)
         weight = torch.where(z > 0, pi, 1 - pi).prod()

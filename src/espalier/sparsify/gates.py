@@ -12,7 +12,7 @@ from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
 from espalier.sparsify.conditional import Narrowing
 from espalier.sparsify.gating import Gating, Options
-from espalier.sparsify.penalty import expected_l2
+from espalier.sparsify.penalty import expected_l1, expected_l2
 from espalier.sparsify.probability import Probability
 from espalier.sparsify.sites import Site
 
@@ -44,6 +44,7 @@ class Gates(Gating):
         lam: λ, for all sites or by site name; it is divided by ``examples``, the number N of training
             examples.
         weight_decay: factor of ½ E|θ|² over the gated layers' weights, Eq. (18).
+        l1: factor of E|θ| over the same weights, Eq. (15).
         initial: probability of a gate to be open at the start, for all sites or by site name.
         per_sample: a draw for each example, in place of one for the whole batch; the loss must then be one
             per example.
@@ -63,6 +64,7 @@ class Gates(Gating):
         lam: float | Mapping[str, float] = 0.0,
         examples: int = 1,
         weight_decay: float = 0.0,
+        l1: float = 0.0,
         initial: float | Mapping[str, float] = 0.5,
         per_sample: bool = False,
         threshold: float | str = 0.5,
@@ -78,7 +80,9 @@ class Gates(Gating):
                 raise TrainingError(
                     f"'{site.name}' is frozen (requires_grad=False): its gates would have nothing to train."
                 )
-        options = Options(estimator, g, lam, examples, weight_decay, initial, per_sample, threshold, reference, seed)
+        options = Options(
+            estimator, g, lam, examples, weight_decay, l1, initial, per_sample, threshold, reference, seed
+        )
         counts = [site.count for site in sites]
         sizes = torch.tensor([float(s.size) for s in sites]).repeat_interleave(torch.tensor(counts))
         super().__init__(model, [s.name for s in sites], counts, sizes, options)
@@ -103,12 +107,12 @@ class Gates(Gating):
         finally:
             self._kept = None
 
-    def expected_squares(self, pi: Tensor) -> Tensor:
-        """``E|θ|²`` of the gated layers' weights for gates of these probabilities, Eq. (18)."""
-        own, total = self._own, pi.new_zeros(())
+    def expected_norm(self, pi: Tensor, order: int) -> Tensor:
+        """``E|θ|`` or ``E|θ|²`` of the gated layers' weights for gates of these probabilities, Eqs. (17) and (18)."""
+        own, total, expected = self._own, pi.new_zeros(()), {1: expected_l1, 2: expected_l2}[order]
         for site, span in zip(self.sites, self._span, strict=True):
             for part in site.scaled[:1]:
-                total = total + expected_l2(pi[span].view(_along(part.dim, own[part.parameter])), own[part.parameter])
+                total = total + expected(pi[span].view(_along(part.dim, own[part.parameter])), own[part.parameter])
         return total
 
     # After training.
@@ -149,6 +153,8 @@ class Gates(Gating):
     def _shrink(self, pi: Tensor, scale: float) -> Tensor:
         """The penalty's gradient, cheaper than by autograd: added to the weights', returned for π."""
         of_pi = self._buffers["_cost"].clone()  # type: ignore[union-attr]
+        if self.l1:
+            return super()._shrink(pi, scale)
         if not self.weight_decay:
             return of_pi
         own = self._own

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from espalier.errors import TrainingError
 from espalier.sparsify.estimators import ESTIMATORS, draw, gradient
+from espalier.sparsify.foreach import flattened
 from espalier.sparsify.hard_concrete import HardConcrete
 from espalier.sparsify.passes import frozen_statistics, same_noise
 from espalier.sparsify.penalty import expected_l0
@@ -25,6 +26,7 @@ class Options:
     lam: float | Mapping[str, float] = 0.0
     examples: int = 1
     weight_decay: float = 0.0
+    l1: float = 0.0
     initial: float | Mapping[str, float] = 0.5
     per_sample: bool = False
     threshold: float | str = 0.5
@@ -48,7 +50,7 @@ class Gating(nn.Module):
         self._model = [model]  # in a list, so that the model's parameters stay its own
         self.names, self.counts = tuple(names), tuple(counts)
         self.estimator, self.g, self.concrete = options.estimator, options.g or Sigmoid(), HardConcrete()
-        self.weight_decay, self.per_sample = options.weight_decay, options.per_sample
+        self.weight_decay, self.l1, self.per_sample = options.weight_decay, options.l1, options.per_sample
         self.threshold, self.reference = options.threshold, options.reference
         self._generator = torch.Generator().manual_seed(options.seed)
         pi = self._spread(options.initial, "initial")
@@ -61,6 +63,8 @@ class Gating(nn.Module):
         lam = self._spread(options.lam, "lam")
         if bool((lam < 0).any()) or options.examples < 1:
             raise TrainingError("lam is at least 0, and examples, the number of training examples, at least 1.")
+        if self.weight_decay < 0 or self.l1 < 0:
+            raise TrainingError("weight_decay and l1 are at least 0.")
         device = next(model.parameters()).device
         self.phi = nn.Parameter(phi.to(device))
         self.register_buffer("_cost", (lam * sizes / options.examples).to(phi.dtype).to(device), persistent=False)
@@ -96,14 +100,16 @@ class Gating(nn.Module):
     # Training.
 
     @abstractmethod
-    def expected_squares(self, pi: Tensor) -> Tensor:
-        """``E|θ|²`` of the gated parameters for gates of these probabilities, Eq. (18)."""
+    def expected_norm(self, pi: Tensor, order: int) -> Tensor:
+        """``E|θ|`` (order 1, Eqs. 15 and 17) or ``E|θ|²`` (order 2, Eqs. 16 and 18) of the gated parameters, for gates
+        of these probabilities.
+        """
 
     def penalty(self) -> Tensor:
-        """``λ/N Σ |g| π_g + ½ weight_decay E|θ|²`` (Eqs. 17 and 18), differentiable."""
+        """``λ/N Σ |g| π_g + l1 E|θ| + ½ weight_decay E|θ|²`` (Eqs. 15 to 18), differentiable."""
         pi = self.probabilities()
         total = expected_l0(pi, self._buffers["_cost"])  # type: ignore[arg-type]
-        return total + 0.5 * self.weight_decay * self.expected_squares(pi) if self.weight_decay else total
+        return total + self._of_weights(pi)
 
     def backward(
         self,
@@ -115,8 +121,8 @@ class Gating(nn.Module):
         no penalty).
 
         ``loss`` runs the model through ``gates(x)`` and returns the batch's mean loss, or with ``per_sample``
-        one loss per example [B], B = ``batch_size``. Under ``torch.distributed`` the gradient of ``phi`` is
-        averaged over ranks. Raises :class:`TrainingError` for a loss that is not finite or misshapen.
+        one loss per example [B], B = ``batch_size``. Under ``torch.distributed`` all gradients are averaged over
+        ranks, which draw the same gates. Raises :class:`TrainingError` for a loss that is not finite or misshapen.
         """
         if self.per_sample and not batch_size:
             raise TrainingError("per_sample=True: give backward() the batch_size.")
@@ -144,8 +150,7 @@ class Gating(nn.Module):
                 assert self.phi.grad is not None
                 self.phi.grad += estimate * scale
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.phi.grad)
-            self.phi.grad /= torch.distributed.get_world_size()  # type: ignore[operator]
+            _average([p.grad for p in (self.phi, *self.model.parameters()) if p.grad is not None])
         return f.detach().mean()
 
     def clamp_(self) -> None:
@@ -163,16 +168,25 @@ class Gating(nn.Module):
 
     # Inside.
 
+    def _of_weights(self, pi: Tensor) -> Tensor:
+        """The penalty on the weights' norms."""
+        total = pi.new_zeros(())
+        if self.l1:
+            total = total + self.l1 * self.expected_norm(pi, 1)
+        if self.weight_decay:
+            total = total + 0.5 * self.weight_decay * self.expected_norm(pi, 2)
+        return total
+
     def _shrink(self, pi: Tensor, scale: float) -> Tensor:
         """The penalty's gradient: times ``scale`` added to the weights', returned for π."""
         of_pi = self._buffers["_cost"].clone()  # type: ignore[union-attr]
-        if not self.weight_decay:
+        if not self.weight_decay and not self.l1:
             return of_pi
         own = [p for p in self.model.parameters() if p.requires_grad]
         pi = pi.requires_grad_()
         with torch.enable_grad():
-            decay = 0.5 * self.weight_decay * self.expected_squares(pi)
-        for_pi, *for_own = torch.autograd.grad(decay, [pi, *own], allow_unused=True)
+            norms = self._of_weights(pi)
+        for_pi, *for_own = torch.autograd.grad(norms, [pi, *own], allow_unused=True)
         for p, found in zip(own, for_own, strict=True):
             if found is not None:
                 p.grad = found * scale if p.grad is None else p.grad.add_(found, alpha=scale)
@@ -199,3 +213,14 @@ class Gating(nn.Module):
         if f.shape != wanted:
             raise TrainingError(f"the loss has shape {tuple(f.shape)}, expected {wanted}; see per_sample.")
         return f
+
+
+def _average(gradients: Sequence[Tensor]) -> None:
+    """The mean over all ranks, in one exchange per type."""
+    for kind in dict.fromkeys(g.dtype for g in gradients):
+        mine = [g for g in gradients if g.dtype == kind]
+        joined = flattened(mine)
+        torch.distributed.all_reduce(joined)
+        joined /= torch.distributed.get_world_size()
+        for own, part in zip(mine, joined.split([g.numel() for g in mine]), strict=True):
+            own.copy_(part.view_as(own))

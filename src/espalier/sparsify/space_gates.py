@@ -65,6 +65,7 @@ class SpaceGates(Gating):
         lam: float | Mapping[str, float] = 0.0,
         examples: int = 1,
         weight_decay: float = 0.0,
+        l1: float = 0.0,
         initial: float | Mapping[str, float] = 0.5,
         per_sample: bool = False,
         threshold: float | str = 0.5,
@@ -75,7 +76,9 @@ class SpaceGates(Gating):
         shapes = {name: p.shape for name, p in model.named_parameters()}
         self_families, every, scaled = _families(space, levels, weights)
         _check_trainable(model, self_families)
-        options = Options(estimator, g, lam, examples, weight_decay, initial, per_sample, threshold, reference, seed)
+        options = Options(
+            estimator, g, lam, examples, weight_decay, l1, initial, per_sample, threshold, reference, seed
+        )
         counts = [len(f) for f in self_families]
         sizes = torch.cat([elements(f.slices, shapes, len(f)) for f in self_families])
         super().__init__(model, [f.name for f in self_families], counts, sizes, options)
@@ -106,10 +109,10 @@ class SpaceGates(Gating):
             self._resolved = (key, self._stays(value.detach()))
         return torch.where(self._resolved[1], torch.maximum(value, self.probabilities()), value)
 
-    def expected_squares(self, pi: Tensor) -> Tensor:
-        """``E|θ|²`` of all gated parameters for gates of these probabilities, Eq. (18)."""
-        squares = [p.square() for p in self._every.tensors]
-        return torch.stack([s.sum() for s in foreach.mul(squares, self._every.of(pi))]).sum()
+    def expected_norm(self, pi: Tensor, order: int) -> Tensor:
+        """``E|θ|`` or ``E|θ|²`` of all gated parameters for gates of these probabilities, Eqs. (15) to (18)."""
+        powers = [p.square() if order == 2 else p.abs() for p in self._every.tensors]
+        return torch.stack([s.sum() for s in foreach.mul(powers, self._every.of(pi))]).sum()
 
     # After training.
 
