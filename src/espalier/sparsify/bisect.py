@@ -133,16 +133,16 @@ def fit_to_target(
     >>> from espalier import search_space
     >>> from espalier.sparsify import ProxSGD, space_groups
     >>> from torch import nn
-    >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(64, 4)
+    >>> model, x = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1)), torch.randn(64, 4)
     >>> space = search_space(model, x, levels=("channel",))
     >>> def fit(mu):
     ...     opt = ProxSGD(space_groups(space), mu, lr=0.1, rho=0.5)
     ...     for _ in range(100):
     ...         opt.zero_grad()
-    ...         (model(x)[:, 0] - x[:, 0]).square().mean().backward()
+    ...         (model(x)[:, 0] - x.square().sum(1)).square().mean().backward()
     ...         opt.step()
     ...     return opt
-    >>> found = fit_to_target(space, fit, 0.6, of="params", mu=0.02, tolerance=0.2)
+    >>> found = fit_to_target(space, fit, 0.6, of="params", mu=0.1, tolerance=0.2)
     >>> found.met and 0.4 <= kept_share(space, found.best.state.solution, "params") <= 0.6
     True
 
