@@ -258,6 +258,24 @@ def test_the_network_survives_gates_that_all_close():
     torch.testing.assert_close(construct(space, solution)(x), gated, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("method", ["hc", "arm"])
+@pytest.mark.parametrize("name", ["residual, batch norm", "two branches", "squeeze and excite", "shared layer", "demo"])
+def test_conditional_computation_changes_nothing(name, method):
+    """Loss and gradients with closed segments left out equal those with their parameters multiplied by 0."""
+    found = []
+    for conditional in (True, False):
+        model, x, _, gates = setting(name, levels=("segment",), estimator=method, lam=0.1, conditional=conditional)
+        assert (gates._skipping is not None) == conditional
+        with torch.no_grad():
+            gates.phi[::2] = -2.0
+        model.train()
+        loss = gates.backward(lambda g=gates, x=x: g(x).square().mean())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in (gates.phi, *model.parameters())]
+        found.append([loss, *grads, gates.eval()(x)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_lambda_per_family_and_sizes():
     model = perceptron()
     space = search_space(model, torch.randn(2, 5), levels=("channel",))

@@ -17,6 +17,7 @@ from espalier.sparsify.gating import Gating, Options
 from espalier.sparsify.over_open import statistics_over_open
 from espalier.sparsify.probability import Probability
 from espalier.sparsify.scaling import elements, scaled_slices
+from espalier.sparsify.skipping import Skipping
 
 
 class SpaceGates(Gating):
@@ -49,6 +50,7 @@ class SpaceGates(Gating):
             convolutional weight (of ``weights`` alone, where these names of parameters are given).
         per_sample: a draw for each example, by ``torch.func.vmap``: every input has the batch first, and batch
             norms are in eval mode.
+        conditional: segments whose gate is 0 are not computed (unless a norm over gated channels asks for all).
 
     All other arguments are those of :class:`Gates`. Raises :class:`TrainingError` for frozen parameters, and where
     an operator averages over a gated axis in a way that gates do not know.
@@ -70,6 +72,7 @@ class SpaceGates(Gating):
         per_sample: bool = False,
         threshold: float | str = 0.5,
         reference: bool = False,
+        conditional: bool = False,
         seed: int = 0,
     ):
         model = space.model
@@ -88,13 +91,14 @@ class SpaceGates(Gating):
         self._open: Tensor | None = None
         self._resolved: tuple[Any, Tensor] | None = None
         place = {f.name: k for k, f in enumerate(space.families)}
-        starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+        self._starts = starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
         self._structures = [  # first gate, first structure, count
             (starts[k], int(space.structures.offsets[place[f.name]]), len(f))
             for k, f in enumerate(self_families)
             if f.level != "weight"
         ]
         self._graph = [statistics_over_open(space, self._open_structures)]
+        self._skipping = Skipping(space) if conditional and self._graph[0] is None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The gated network."""
@@ -148,15 +152,16 @@ class SpaceGates(Gating):
         factors = self._scaled.of(z)
         pairs = zip(self._scaled.tensors, factors, strict=True)
         scaled = foreach.mul(self._scaled.tensors, factors) if listed else [t * f for t, f in pairs]
-        network = self._graph[0]
+        network, named = self._graph[0], dict(zip(self._scaled.names, scaled, strict=True))
+        if self._skipping is not None and listed:
+            closed = (z == 0).tolist()
+            names = [
+                f.name for f, first in zip(self.families, self._starts, strict=False) if f.segments and closed[first]
+            ]
+            return self._skipping(names, named, args, kwargs)
         if network is not None:
             network.training = self.model.training
-        return functional_call(
-            self.model if network is None else network,
-            dict(zip(self._scaled.names, scaled, strict=True)),
-            args,
-            kwargs,
-        )
+        return functional_call(self.model if network is None else network, named, args, kwargs)
 
     def _per_sample(self, z: Tensor, args: Any, kwargs: Any) -> Any:
         norms = [n for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
