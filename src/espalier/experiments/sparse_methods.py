@@ -63,7 +63,7 @@ class Recipe:
         return f"{self.method}-{self.strength:g}-{self.macs:g}-{self.epochs}-{self.finetune}-{self.images}-{self.seed}"
 
 
-STRENGTH = {"proxsgd": 0.01, "rmda": 0.01, "ramda": 0.01, "l0-hc": 0.1, "l0-ar": 0.1, "l0-arm": 0.1}
+STRENGTH = {"proxsgd": 0.02, "rmda": 0.03, "ramda": 0.008, "l0-hc": 0.03, "l0-ar": 0.1, "l0-arm": 0.1}
 
 
 @torch.no_grad()

@@ -50,7 +50,8 @@ class Gates(Gating):
             per example.
         threshold: τ of Eq. (14), or "histogram".
         reference: the paper's gradient factor, biased unless g is the scaled sigmoid.
-        conditional: in ``gates(x)``, units whose gate is 0 are not computed.
+        conditional: in ``gates(x)``, units whose gate is 0 are not computed, wherever enough are closed for that to
+            be faster.
         seed: of the gates' own random numbers; equal on all ranks of a distributed run.
     """
 
@@ -100,12 +101,23 @@ class Gates(Gating):
             return self.model(*args, **kwargs)
         self._kept = self.narrowing.kept(z.detach() > 0)
         try:
-            if any(len(k) == 0 for k in self._kept.values()):
-                self._kept = None  # a layer without any unit: multiply instead
+            if any(len(k) == 0 for k in self._kept.values()) or not self._pays(self._kept):
+                self._kept = None  # a layer without any unit, or little to leave out: multiply instead
                 return self.model(*args, **kwargs)
             return functional_call(self.model, self.narrowing.parameters(self._own, self._kept), args, kwargs)
         finally:
             self._kept = None
+
+    def _pays(self, kept: Mapping[tuple[str, int], Tensor]) -> bool:
+        """Whether gathering what is open costs less than it saves; limits as measured (benchmarks/conditional.py)."""
+        weights = {name: self._own[name] for name, _ in kept if self._own[name].ndim > 1}
+        total = sum(w.numel() for w in weights.values())
+        sizes = [
+            w.numel() * (len(kept[n, 0]) / len(w) if (n, 0) in kept else 1.0)
+            * (len(kept[n, 1]) / w.shape[1] if (n, 1) in kept else 1.0)
+            for n, w in weights.items()
+        ]  # fmt: skip
+        return sum(sizes) <= total * (0.9 if any(w.ndim > 2 for w in weights.values()) else 0.45)
 
     def expected_norm(self, pi: Tensor, order: int) -> Tensor:
         """``E|θ|`` or ``E|θ|²`` of the gated layers' weights for gates of these probabilities, Eqs. (17) and (18)."""
