@@ -276,6 +276,19 @@ def test_conditional_computation_changes_nothing(name, method):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+def test_expected_macs():
+    """Of a perceptron by hand, and of two branches by enumeration."""
+    model = perceptron()
+    gates = SpaceGates(search_space(model, torch.randn(2, 5), levels=("channel",)))
+    randomize(gates, 0.2)
+    a, b = (pi.sum().item() for pi in gates.by_site(gates.probabilities().detach()).values())
+    assert gates.expected_macs() == pytest.approx((5 * a + a * b + b * 3) / (5 * 8 + 8 * 7 + 7 * 3), rel=1e-5)
+    space = search_space(TwoBranches(), torch.randn(2, 4))
+    gates = SpaceGates(space, initial={"a": 0.3, "b": 0.6})
+    (a,), (b,) = (pi.tolist() for pi in gates.by_site(gates.probabilities().detach()).values())
+    assert gates.expected_macs() == pytest.approx((16 * a + 16 * b + 8) / 40, rel=1e-5)
+
+
 def test_lambda_per_family_and_sizes():
     model = perceptron()
     space = search_space(model, torch.randn(2, 5), levels=("channel",))

@@ -118,6 +118,30 @@ class SpaceGates(Gating):
         powers = [p.square() if order == 2 else p.abs() for p in self._every.tensors]
         return torch.stack([s.sum() for s in foreach.mul(powers, self._every.of(pi))]).sum()
 
+    @torch.no_grad()
+    def expected_macs(self) -> float:
+        """Share of the MACs of layers with a weight that one pass with drawn gates needs, in expectation (Figure 3).
+
+        Every gate is drawn alone, so that a layer's share is the product over its sliced axes of the mean probability
+        that an index is open. "arm" and "disarm" make two passes in training; after it, the cost is that of
+        :meth:`solution`.
+        """
+        pi, macs = self.probabilities(), self.space.macs_by_weight()
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        share: dict[tuple[str, int], Tensor] = {}
+        for family, start in zip(self.families, self._starts, strict=False):
+            values = torch.cat([pi[start : start + len(family)], pi.new_ones(1)])
+            for s in (*family.slices, *family.readers):
+                owner = torch.zeros(1, dtype=torch.long) if s.owner is None else s.owner
+                at = (s.parameter, -1 if s.owner is None else s.dim or 0)
+                own = values[torch.where(owner < 0, len(family), owner).to(pi.device)]
+                share[at] = share[at] * own if at in share else own
+        total = 0.0
+        for name, amount in macs.items():
+            dims = [share[name, d].mean() for d in range(-1, len(shapes[name])) if (name, d) in share]
+            total += amount * float(torch.stack(dims).prod() if dims else 1.0)
+        return total / max(sum(macs.values()), 1)
+
     # After training.
 
     def solution(self) -> Solution:
