@@ -242,6 +242,21 @@ def test_kernels_and_channels_together():
     torch.testing.assert_close(construct(space, solution)(x), gated, rtol=1e-9, atol=1e-10)
 
 
+def test_some_families_alone():
+    """What has no gate stays as it is."""
+    torch.manual_seed(0)
+    model, x = perceptron().double(), torch.randn(6, 5, dtype=torch.float64)
+    space = search_space(model, x, levels=("channel",))
+    gates = SpaceGates(space, families=["2"]).double()
+    assert len(gates.phi) == 7
+    randomize(gates)
+    gated, solution = gates(x), gates.solution()
+    assert solution.removed
+    assert all(name.startswith("2[") for name in solution.removed)
+    gates.finish()
+    torch.testing.assert_close(construct(space, solution)(x), gated)
+
+
 def test_the_network_survives_gates_that_all_close():
     """One structure per family stays, the likeliest, and the gated model says so as the constructed one does."""
     _, x, space, gates = setting("attention")
@@ -345,6 +360,8 @@ def test_bad_input():
     space = search_space(model, torch.randn(2, 5), levels=("channel",))
     with pytest.raises(SpaceError, match="no level 'head': it has channel, and there is 'weight'"):
         SpaceGates(space, levels=("head",))
+    with pytest.raises(SpaceError, match="no family of the search space is called '1'; there are 0, 2"):
+        SpaceGates(space, families=["1"])
     with pytest.raises(SpaceError, match=r"'9\.weight' is no parameter"):
         SpaceGates(space, weights=["9.weight"])
     with pytest.raises(TrainingError, match="unknown estimator 'reinforce'"):

@@ -48,6 +48,7 @@ class SpaceGates(Gating):
         space: the model's search space, at any levels; one site per family.
         levels: the levels to gate, of the space's, or "weight": one gate per element of every linear and
             convolutional weight (of ``weights`` alone, where these names of parameters are given).
+        families: names of the space's families to gate; by default all of these levels.
         per_sample: a draw for each example, by ``torch.func.vmap``: every input has the batch first, and batch
             norms are in eval mode.
         conditional: segments whose gate is 0 are not computed (unless a norm over gated channels asks for all).
@@ -61,6 +62,7 @@ class SpaceGates(Gating):
         space: SearchSpace,
         *,
         levels: Sequence[str] | None = None,
+        families: Sequence[str] | None = None,
         weights: Sequence[str] | None = None,
         estimator: str = "arm",
         g: Probability | None = None,
@@ -77,7 +79,7 @@ class SpaceGates(Gating):
     ):
         model = space.model
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        self_families, every, scaled = _families(space, levels, weights)
+        self_families, every, scaled = _families(space, levels, families, weights)
         _check_trainable(model, self_families)
         options = Options(
             estimator, g, lam, examples, weight_decay, l1, initial, per_sample, threshold, reference, seed
@@ -268,7 +270,7 @@ Placed = list[tuple[int, Slices]]
 
 
 def _families(
-    space: SearchSpace, levels: Sequence[str] | None, weights: Sequence[str] | None
+    space: SearchSpace, levels: Sequence[str] | None, chosen: Sequence[str] | None, weights: Sequence[str] | None
 ) -> tuple[list[Family], Placed, Placed]:
     """The gated families, and (first gate, slices) of all their slices and of those that gates multiply."""
     there = list(dict.fromkeys(f.level for f in space.families))
@@ -278,7 +280,11 @@ def _families(
         raise SpaceError(
             f"the search space has no level '{unknown[0]}': it has {', '.join(there) or 'none'}, and there is 'weight'."
         )
-    families = [f for f in space.families if f.level in wanted]
+    missing = [name for name in chosen or () if name not in {f.name for f in space.families}]
+    if missing:
+        known = ", ".join(f.name for f in space.families)
+        raise SpaceError(f"no family of the search space is called '{missing[0]}'; there are {known}.")
+    families = [f for f in space.families if f.level in wanted and (chosen is None or f.name in chosen)]
     if "weight" in wanted or weights:
         families += _weight_families(space, weights)
     if not families:
@@ -288,8 +294,8 @@ def _families(
     start = 0
     for family in families:
         every += [(start, s) for s in family.slices]
-        chosen = family.slices if family.level == "weight" else scaled_slices(space, family)
-        scaled += [(start, s) for s in chosen]
+        writes = family.slices if family.level == "weight" else scaled_slices(space, family)
+        scaled += [(start, s) for s in writes]
         start += len(family)
     return families, every, scaled
 
