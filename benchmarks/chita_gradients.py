@@ -15,7 +15,7 @@ import tyro
 from torch import nn
 
 from espalier.curvature.gradients import GradientOptions, gradients
-from espalier.experiments.chita import load_task
+from espalier.experiments.chita_task import load_task
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int = 2) -> float:

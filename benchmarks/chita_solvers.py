@@ -5,7 +5,9 @@
 Instances: n = 500 single-sample gradients at the dense weights, no first-order term (MLPNet λ = 1e-3,
 ResNet-20 λ = 1e-4). Times are CPU seconds of one thread, from the tensors to the result, including the check
 of the data and the float64 recomputation of the objective; the best of `repeats` runs. `matvec_gb_per_s` is
-the rate at which one plain matrix-vector product reads A at the time. `--only exchange IHT` picks solvers.
+the rate at which one plain matrix-vector product reads A at the time, `a_reads` how often a solve reads all of A:
+the bytes of A that its operators read, counted in one more run, over the bytes that A has. `--only exchange IHT` picks
+solvers.
 """
 
 from __future__ import annotations
@@ -18,14 +20,33 @@ from typing import Literal
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.curvature.gradients import GradientOptions, gradients
-from espalier.experiments.chita import load_task
+from espalier.experiments.chita_task import load_task
 from espalier.select import cbs, chita, mfac, objective, woodfisher
 from espalier.select.result import Result
 
 INSTANCES = {"mlpnet": (1e-3, (0.5, 0.7, 0.9, 0.95, 0.98)), "resnet20": (1e-4, (0.5, 0.7, 0.9))}
+
+
+class Reads(TorchDispatchMode):
+    """Counts the bytes of one tensor that operators read; views of it cost nothing, a gather what it takes out."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self.place, self.bytes = tensor.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        view = isinstance(out, Tensor) and out.untyped_storage().data_ptr() == self.place
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and not view and leaf.untyped_storage().data_ptr() == self.place:
+                taken = out if func in (torch.ops.aten.index_select.default, torch.ops.aten.index.Tensor) else leaf
+                self.bytes += taken.numel() * leaf.element_size()
+        return out
 
 
 def timed(solve: Callable[[], Result], repeats: int) -> tuple[Result, float]:
@@ -82,7 +103,10 @@ def main(
             checked = objective(A, None, w_bar, result.weights, ridge)
             line = {"network": network, "n": n, "sparsity": sparsity, "solver": name, "objective": checked}
             line |= {"cpu_seconds": seconds, "info": result.info, "gradients_cpu_seconds": gradient_seconds}
-            line["matvec_gb_per_s"] = bandwidth
+            with Reads(A) as reads:
+                solve()
+            line |= {"matvec_gb_per_s": bandwidth, "a_bytes": A.numel() * A.element_size()}
+            line["a_reads"] = reads.bytes / line["a_bytes"]
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 

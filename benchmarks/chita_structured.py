@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor, nn
 
 from espalier.curvature.gradients import Gradients, gradients
-from espalier.experiments.chita import Task, accuracy, load_task
+from espalier.experiments.chita_task import Task, accuracy, load_task
 from espalier.select import chita, magnitude, n_of_m
 from espalier.select.dual import refit
 from espalier.select.problem import Problem

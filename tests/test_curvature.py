@@ -18,6 +18,7 @@ from espalier.curvature import (
     gradients,
 )
 from espalier.curvature.matrix import columns, gram, matvec, rmatvec
+from espalier.curvature.memory import sample_bytes
 from espalier.models.resnet_cifar import CifarResNet
 
 CE = nn.functional.cross_entropy
@@ -260,3 +261,42 @@ def test_products_whatever_the_storage(layout):
         torch.testing.assert_close(gram(stored, index), plain[:, index] @ plain[:, index].t(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(matvec(stored, x).double(), plain @ x.double(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(rmatvec(stored, y).double(), plain.t() @ y.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_memory_limit_is_kept(case):
+    """Rows of many samples are added up from parts; the working memory of a chunk stays below the limit."""
+    model, x, y = case
+    for batch in (1, 6):
+        whole = gradients(model, CE, (x, y), 12 // batch, batch, options=GradientOptions(dtype=torch.float64)).A
+        for limit in (1, 3 * sample_bytes(model, x[:1]), 1 << 30):
+            options = GradientOptions(dtype=torch.float64, memory_limit=limit)
+            torch.testing.assert_close(gradients(model, CE, (x, y), 12 // batch, batch, options=options).A, whole)
+
+
+def test_sample_bytes_sees_what_autograd_keeps():
+    model = nn.Sequential(nn.Linear(10, 1000), nn.Tanh(), nn.Linear(1000, 1000), nn.Tanh()).eval()
+    held = sample_bytes(model, torch.ones(1, 10))
+    assert 2 * 4 * 2000 <= held <= 2 * 4 * 5000
+    assert 7 * held < sample_bytes(model, torch.ones(8, 10)) < 9 * held
+    conv = nn.Conv2d(3, 4, 3, padding=1).eval()
+    assert sample_bytes(conv, torch.ones(1, 3, 16, 16)) >= 27 * 256 * 4  # the unfolded input
+
+
+def test_cost_is_said_before_the_start(case, capfd):
+    model, x, y = case
+    gradients(model, CE, (x, y), 12, options=GradientOptions(progress=True))
+    said = capfd.readouterr().err
+    assert "12 rows ×" in said
+    assert "GiB in memory" in said
+    gradients(model, CE, (x, y), 12)
+    assert not capfd.readouterr().err
+
+
+def test_loaders_that_cannot_be_used(case):
+    model, x, y = case
+    with pytest.raises(ValueError, match="data is empty"):
+        gradients(model, CE, [], 2)
+    with pytest.raises(ValueError, match="3 parts"):
+        gradients(model, CE, [(x, y, y)], 2)
+    with pytest.raises(ValueError, match=r"shape \(3, 9, 9\) and then of \(3, 8, 8\)"):
+        gradients(model, CE, [(x[:5], y[:5]), (x[5:, :, :8, :8], y[5:])], 12, 1)

@@ -21,13 +21,14 @@ from espalier.select import (
     per_layer,
     woodfisher,
 )
+from espalier.select.dual import DualState
 from espalier.select.gradual import GradualOptions, GradualPruner
 from espalier.select.magnitude import erdos_renyi_kernel
 from espalier.select.masking import apply_masks, hold_masks
 from espalier.select.multistage import densities, prune_once
 from espalier.select.patterns import cardinality
 from espalier.select.problem import Problem
-from espalier.select.structured import StructuredOptions, structured_chita
+from espalier.select.structured import StructuredOptions, block_groups, structured_chita
 
 CE = nn.functional.cross_entropy
 
@@ -308,3 +309,28 @@ def test_gradual_pruning_reaches_its_sparsity_and_resumes_bit_by_bit(task):
     for at in (1, 2, 5):
         other, _ = gradual_run(task, 6, resume_at=at)
         assert layout.flatten(other).equal(weights)
+
+
+def test_blocks_of_a_matrix_are_groups():
+    """Blocks are kept or zero as a whole, the budget in weights holds, and no dropped block would be a better one."""
+    torch.manual_seed(0)
+    layout = WeightLayout(("a", "b"), ((6, 8), (5, 3, 2)))
+    group = block_groups(layout, (2, 4))
+    assert torch.bincount(group).tolist() == [8] * 6 + [8, 4] * 2 + [4, 2]
+    problem = Problem.of(torch.randn(15, 78).double(), None, torch.randn(78).double(), 0.05)
+    costs = torch.bincount(group).double()
+    found = structured_chita(problem, group, 40, costs)
+    assert found.cost <= 40
+    assert found.result.support.equal(found.kept[group])
+    matrix = found.result.weights[:48].view(3, 2, 2, 4)
+    assert {int((matrix[i, :, j] != 0).sum()) for i in range(3) for j in range(2)} <= {0, 8}
+    size = found.kept.nonzero().flatten()
+    for out in size.tolist():
+        for into in (~found.kept & (costs == costs[out])).nonzero().flatten().tolist():
+            trial = found.kept.clone()
+            trial[out], trial[into] = False, True
+            state = DualState.of(problem, trial[group])
+            state.solve()
+            assert state.objective >= found.result.objective * (1 - 1e-9)
+    with pytest.raises(ValueError, match="at least 1"):
+        block_groups(layout, (0, 4))

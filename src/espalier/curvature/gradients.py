@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, cast
 
@@ -13,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.curvature import ranks
 from espalier.curvature.layout import Predicate, WeightLayout, convolution_and_linear
-from espalier.curvature.memory import check_room
+from espalier.curvature.memory import check_room, sample_bytes
 from espalier.curvature.per_layer import Loss, covers, rows_by_layer
 
 Method = Literal["auto", "layers", "vmap", "loop"]
@@ -24,18 +29,19 @@ Method = Literal["auto", "layers", "vmap", "loop"]
 class GradientOptions:
     """How gradients are computed and kept.
 
-    memory_limit: bytes that the working memory of one chunk may take (A itself is accounted for apart).
+    memory_limit: bytes that the working memory of one chunk may take, though never less than one sample's (A
+    itself is accounted for apart). A row that averages more samples than fit is added up from parts.
     dtype: storage of A: float32, bfloat16 (half the bytes read per solve), or float64 (tests).
-    path: file for a memory-mapped A; None keeps it in memory.
+    path: file for a memory-mapped A; None keeps it in memory. It appears under this name once it is complete.
     method: "layers" (per-layer products), "vmap", "loop" (one backward per row), or "auto".
-    progress: show a bar and say the cost before the start.
+    progress: say the cost before the start and show a bar; None: where standard error is a terminal.
     """
 
     memory_limit: int = 1 << 30
     dtype: torch.dtype = torch.float32
     path: str | Path | None = None
     method: Method = "auto"
-    progress: bool = False
+    progress: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class Gradients:
     """A [n, p], the weights w̄ [p] at which it was taken, and the layout of the p weights.
 
     `batch` is the number of samples averaged in each row; `mean_loss` the mean loss over all of them.
-    Under torch.distributed each rank holds `first_row` onwards of the `total_rows` rows.
+    Under torch.distributed each rank computes `first_row` onwards of the `total_rows` rows; with a path, A is the one
+    file that all ranks of the machine write, and holds all rows.
     """
 
     A: Tensor
@@ -53,6 +60,17 @@ class Gradients:
     mean_loss: float
     first_row: int = 0
     total_rows: int = 0
+
+    def gathered(self) -> Gradients:
+        """All rows on every rank; itself where it has them already.
+
+        >>> found = gradients(nn.Linear(3, 2).eval(), nn.functional.mse_loss, (torch.ones(4, 3), torch.ones(4, 2)), 4)
+        >>> found.gathered() is found
+        True
+        """
+        if self.A.shape[0] == self.total_rows:
+            return self
+        return replace(self, A=ranks.gather(self.A, self.total_rows), first_row=0)
 
 
 def gradients(
@@ -88,39 +106,80 @@ def gradients(
         )
     layout = WeightLayout.of(model, prunable)
     first, last = _rank_rows(n)
-    check_room(last - first, layout.numel, options)
-    A = _storage(last - first, layout.numel, options)
-    method = _method(model, layout, options.method, batch)
-    step = _rows_per_chunk(layout, batch, method, options.memory_limit)
-    total, done = 0.0, 0
-    chunks = _mini_batches(data, first * batch, (last - first) * batch, step * batch)
-    for inputs, targets in _with_progress(chunks, last - first, batch, layout.numel, options.progress):
-        rows = inputs.shape[0] // batch
-        values, mean = _ROWS[method](model, loss, layout, inputs, targets, rows)
-        if not bool(torch.isfinite(values.sum())):  # one pass; a mask of all values would take three
-            for bad in (~torch.isfinite(values)).any(dim=1).nonzero().flatten().tolist()[:1]:
-                raise ValueError(
-                    f"the gradient of mini-batch {bad + first + done} is not finite: the loss overflows on it"
-                )
-        A[done : done + rows] = values.to(A.dtype)
-        done, total = done + rows, total + float(mean) * rows
-    return Gradients(A, layout.flatten(model), layout, batch, total / max(done, 1), first, n)
+    check_room(last - first if options.path is None else n, layout.numel, options)
+    pairs = iter(cast(Iterable[tuple[Tensor, Tensor]], [data] if _is_pair(data) else data))
+    head = next(pairs, None)
+    if head is None or len(head) != 2:
+        raise ValueError("the data is empty" if head is None else f"a batch has {len(head)} parts: (inputs, targets)")
+    device = next(model.parameters()).device
+    plan = _plan(model, layout, options, batch, head[0][:1].to(device))
+    parts = _mini_batches(chain([head], pairs), first * batch, (last - first) * batch, plan.rows * batch)
+    rows_done, total = 0, 0.0
+    with _storage(n, first, last, layout.numel, options) as (A, own):
+        for inputs, targets in _with_progress(parts, last - first, batch, layout.numel, options):
+            rows = inputs.shape[0] // batch
+            values, mean = plan.compute(model, loss, layout, inputs.to(device), targets.to(device), rows)
+            if not bool(torch.isfinite(values.sum())):  # one pass; a mask of all values would take three
+                for bad in (~torch.isfinite(values)).any(dim=1).nonzero().flatten().tolist()[:1]:
+                    raise ValueError(
+                        f"the gradient of mini-batch {bad + first + rows_done} is not finite: the loss overflows on it"
+                    )
+            own[rows_done : rows_done + rows] = values.to(A.dtype)
+            rows_done, total = rows_done + rows, total + float(mean) * rows
+    average = ranks.mean(total, rows_done)
+    return Gradients(A, layout.flatten(model).cpu(), layout, batch, average, 0 if A.shape[0] == n else first, n)
 
 
 def _rank_rows(n: int) -> tuple[int, int]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, n
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return rank * n // world, (rank + 1) * n // world
+    return ranks.rows_of(n, *ranks.world())
 
 
-def _storage(rows: int, p: int, options: GradientOptions) -> Tensor:
+@contextmanager
+def _storage(n: int, first: int, last: int, p: int, options: GradientOptions) -> Iterator[tuple[Tensor, Tensor]]:
+    """A and this rank's rows of it: in memory the same, on disk one file for all ranks of the machine."""
     if options.path is None:
-        return torch.empty(rows, p, dtype=options.dtype)
+        A = torch.empty(last - first, p, dtype=options.dtype)
+        yield A, A
+        return
+    path, part = Path(options.path), Path(f"{os.fspath(options.path)}.part")
     # NumPy has no bfloat16: its bits are stored as int16 and viewed
-    kinds = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.int16}
-    disk = np.memmap(os.fspath(options.path), dtype=kinds[options.dtype], mode="w+", shape=(rows, p))
-    return torch.from_numpy(disk).view(options.dtype)
+    kind = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.int16}[options.dtype]
+
+    def mapped(mode: Literal["w+", "r+"]) -> Tensor:
+        return torch.from_numpy(np.memmap(part, dtype=kind, mode=mode, shape=(n, p))).view(options.dtype)
+
+    try:
+        A = ranks.in_turn(lambda: mapped("w+"), lambda: mapped("r+"))
+        yield A, A[first:last]
+        ranks.meet()
+        if ranks.world()[0] == 0:
+            os.replace(part, path)  # the map stays with the file
+        ranks.meet()
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the rows are computed, and how many of them at once."""
+
+    rows: int
+    compute: Callable[[nn.Module, Loss, WeightLayout, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def _plan(model: nn.Module, layout: WeightLayout, options: GradientOptions, batch: int, sample: Tensor) -> _Plan:
+    method, limit = _method(model, layout, options.method, batch), options.memory_limit
+    per_sample = max(1, sample_bytes(model, sample))
+    if options.method == "auto" and batch > 1 and batch * per_sample > limit:
+        method = "loop"
+    if method == "loop":
+        return _Plan(1, partial(_rows_by_loop, together=max(1, min(batch, limit // per_sample))))
+    # Room for the p gradients of a row a few times over. Chunks beyond the processor's caches were measured slower.
+    convolutional = any(len(shape) > 2 for shape in layout.shapes)
+    fitting = limit // (12 * layout.numel + batch * per_sample)
+    rows = max(1, min(fitting, (32 if convolutional else 1024) // batch))
+    return _Plan(rows, rows_by_layer if method == "layers" else _rows_by_vmap)
 
 
 def _method(model: nn.Module, layout: WeightLayout, wanted: Method, batch: int) -> str:
@@ -133,21 +192,10 @@ def _method(model: nn.Module, layout: WeightLayout, wanted: Method, batch: int) 
     return "loop" if convolutional and batch >= 8 else "layers"
 
 
-def _rows_per_chunk(layout: WeightLayout, batch: int, method: str, limit: int) -> int:
-    if method == "loop":
-        return 1
-    # Room for the p gradients of a row a few times over, and about 2 MiB of activations per image.
-    # Larger chunks than these do not fit the processor's caches and were measured to be slower.
-    convolutional = any(len(shape) > 2 for shape in layout.shapes)
-    per_row = 12 * layout.numel + batch * (2 << 20 if convolutional else 1 << 16)
-    return max(1, min(limit // per_row, (32 if convolutional else 1024) // batch))
-
-
 def _mini_batches(
-    data: Iterable[tuple[Tensor, Tensor]] | tuple[Tensor, Tensor], skip: int, count: int, step: int
+    pairs: Iterable[tuple[Tensor, Tensor]], skip: int, count: int, step: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut the samples skip … skip + count of the data into pairs of at most `step` samples."""
-    pairs = cast(Iterable[tuple[Tensor, Tensor]], [data] if _is_pair(data) else data)
     waiting: list[tuple[Tensor, Tensor]] = []
     held = 0
     for inputs, targets in pairs:
@@ -158,6 +206,9 @@ def _mini_batches(
             continue
         if skip:
             inputs, targets, skip = inputs[skip:], targets[skip:], 0
+        if waiting and inputs.shape[1:] != waiting[0][0].shape[1:]:
+            shapes = tuple(waiting[0][0].shape[1:]), tuple(inputs.shape[1:])
+            raise ValueError(f"the loader gives samples of shape {shapes[0]} and then of {shapes[1]}")
         waiting.append((inputs, targets))
         held += inputs.shape[0]
         while held >= step or (0 < count <= held):
@@ -177,17 +228,23 @@ def _is_pair(data: object) -> bool:
 
 
 def _with_progress(
-    chunks: Iterator[tuple[Tensor, Tensor]], rows: int, batch: int, p: int, shown: bool
+    parts: Iterator[tuple[Tensor, Tensor]], rows: int, batch: int, p: int, options: GradientOptions
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    if not shown:
-        yield from chunks
+    if not (sys.stderr.isatty() if options.progress is None else options.progress):
+        yield from parts
         return
+    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(transient=True) as bar:
-        bar.console.print(f"gradients: {rows} rows × {p:,} weights, {rows * batch:,} samples forward and backward")
+    size = rows * p * torch.empty(0, dtype=options.dtype).element_size() / 2**30
+    where = "in memory" if options.path is None else f"in {os.fspath(options.path)}"
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        bar.console.print(
+            f"gradients: {rows} rows × {p:,} weights, {size:.2f} GiB {where}; "
+            f"{rows * batch:,} samples forward and backward"
+        )
         task = bar.add_task("gradients", total=rows * batch)
-        for inputs, targets in chunks:
+        for inputs, targets in parts:
             yield inputs, targets
             bar.advance(task, inputs.shape[0])
 
@@ -212,16 +269,24 @@ def _rows_by_vmap(
 
 
 def _rows_by_loop(
-    model: nn.Module, loss: Loss, layout: WeightLayout, inputs: Tensor, targets: Tensor, rows: int
+    model: nn.Module,
+    loss: Loss,
+    layout: WeightLayout,
+    inputs: Tensor,
+    targets: Tensor,
+    rows: int,
+    together: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """One backward pass per row, or several where only so many samples fit `together`."""
     parameters = dict(model.named_parameters())
     wanted = [parameters[name] for name in layout.names]
     out, total = [], 0.0
     for x, y in zip(inputs.chunk(rows), targets.chunk(rows), strict=True):
-        value = loss(model(x), y)
-        out.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, wanted)]))
-        total += float(value.detach())
+        size = together or len(x)
+        row = torch.zeros(())
+        for part, target in zip(x.split(size), y.split(size), strict=True):
+            value = loss(model(part), target) * (len(part) / len(x))
+            row = row + torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, wanted)])
+            total += float(value.detach())
+        out.append(row)
     return torch.stack(out), torch.tensor(total / rows)
-
-
-_ROWS = {"layers": rows_by_layer, "vmap": _rows_by_vmap, "loop": _rows_by_loop}

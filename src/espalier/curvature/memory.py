@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from espalier.curvature.gradients import GradientOptions
@@ -24,6 +25,43 @@ def available_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return 0
+
+
+def sample_bytes(model: nn.Module, sample: Tensor) -> int:
+    """Bytes that one sample's forward and backward pass holds at once, measured by running the forward pass.
+
+    >>> sample_bytes(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.ones(1, 4)) > 0
+    True
+
+    Counted are the tensors that autograd keeps for the backward pass (parameters aside), the largest unfolded input of
+    a convolution, which per-layer products make for a moment, and as much again for gradients on the way.
+    """
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    held: dict[int, int] = {}
+    patches, handles = [0], []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def unfolded(module: nn.Module, _: object, output: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        patches.append(weight[0].numel() * output[0, 0].numel() * output.element_size())
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            handles.append(module.register_forward_hook(unfolded))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+            output = model(sample)
+        del output
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 2 * sum(held.values()) + max(patches)
 
 
 def check_room(rows: int, p: int, options: GradientOptions) -> None:

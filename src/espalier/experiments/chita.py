@@ -8,60 +8,35 @@ Each cell (method, sparsity, seed) is one line of JSON; cells that are already t
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from espalier.curvature.dual import DualInverse
 from espalier.curvature.gradients import Gradients, gradients
-from espalier.curvature.layout import WeightLayout, convolution_and_linear
+from espalier.curvature.layout import WeightLayout
 from espalier.curvature.woodbury import BlockWoodburyInverse
-from espalier.models.mlpnet import MLPNet
-from espalier.models.resnet_cifar import resnet20
+from espalier.experiments.chita_task import PAPER, SPARSITIES, Draws, Network, Pair, Task, accuracy, load_task
 from espalier.select.cbs import cbs
 from espalier.select.magnitude import magnitude
-from espalier.select.multistage import StageOptions, chita_plus_plus, prune_once
+from espalier.select.multistage import StageOptions, chita_plus_plus, in_stages, prune_once
 from espalier.select.obs import Inverse, brain_surgeon
 from espalier.select.patterns import cardinality
 from espalier.select.problem import Problem
+from espalier.select.recalibrate import recalibrate
 from espalier.select.result import Result
 
-Network = Literal["mlpnet", "resnet20"]
-Pair = tuple[Tensor, Tensor]
-SPARSITIES = {
-    "mlpnet": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
-    "resnet20": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-}
-HELD_OUT = {"mlpnet": 10_000, "resnet20": 5_000}
 ONE_SHOT = ("magnitude", "woodfisher", "cbs", "mfac", "chita", "ours-one-shot")
 STAGED = ("chita++", "ours")
-
-PAPER: dict[str, dict[str, tuple[float, ...]]] = {
-    "mlpnet": {
-        "magnitude": (93.93, 93.78, 93.62, 92.89, 90.30, 83.64, 32.25),
-        "woodfisher": (94.02, 93.82, 93.77, 93.57, 91.69, 85.54, 38.26),
-        "cbs": (93.96, 93.96, 93.98, 93.90, 93.14, 88.92, 55.45),
-        "chita": (93.97, 93.94, 93.80, 93.59, 92.46, 88.09, 46.25),
-        "chita++": (95.97, 95.93, 95.89, 95.80, 95.55, 94.70, 90.73),
-    },
-    "resnet20": {
-        "magnitude": (90.77, 89.98, 88.44, 85.24, 78.79, 54.01, 11.79),
-        "woodfisher": (91.37, 91.15, 90.23, 87.96, 81.05, 62.63, 11.49),
-        "cbs": (91.35, 91.21, 90.58, 88.88, 81.84, 51.28, 13.68),
-        "chita": (91.37, 91.19, 90.60, 89.22, 84.12, 57.90, 15.60),
-        "chita++": (91.25, 91.20, 91.04, 90.78, 90.38, 88.72, 79.32),
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +44,8 @@ class Settings:
     """What was chosen on the held-out part of the training set, per network.
 
     path: sparsities of one run of stages that passes through all of the table's, instead of a run for each;
-    up to each of them it is a multi-stage run that ends there.
+    up to each of them it is a multi-stage run that ends there. fresh: training images over which batch norm
+    statistics are taken anew for a second accuracy of the methods in `judged_twice`; 0 for none.
     """
 
     n: int
@@ -77,12 +53,14 @@ class Settings:
     damping: dict[str, float]
     staged: dict[str, StageOptions]
     path: tuple[float, ...] = ()
+    fresh: int = 0
+    judged_twice: tuple[str, ...] = ("magnitude", "chita", "ours-one-shot")
 
 
-def _mlpnet_path() -> tuple[float, ...]:
+def _path(network: Network, counts: tuple[int, ...]) -> tuple[float, ...]:
     """Stages through the table's sparsities, each approached in ever smaller steps (cubic)."""
     out, low = [], 0.0
-    for high, stages in zip(SPARSITIES["mlpnet"], (16, 5, 5, 5, 7, 9, 15), strict=True):
+    for high, stages in zip(SPARSITIES[network], counts, strict=True):
         out += [low + (high - low) * (1 - (1 - t / stages) ** 3) for t in range(1, stages)] + [high]
         low = high
     return tuple(out)
@@ -97,70 +75,20 @@ SETTINGS: dict[str, Settings] = {
             "chita++": StageOptions(50, "cubic", 1000, 16, 3e-3, True, "magnitude", drop_dead=False),
             "ours": StageOptions(50, "cubic", 1000, 16, 1e-3, True, "exchange"),
         },
-        path=_mlpnet_path(),
+        path=_path("mlpnet", (16, 5, 5, 5, 7, 9, 15)),
     ),
     "resnet20": Settings(
         n=500,
         batch=16,
-        damping={"woodfisher": 1e-4, "cbs": 1e-4, "mfac": 1e-4, "chita": 1e-4, "ours-one-shot": 1e-4},
+        damping={"woodfisher": 1e-5, "cbs": 1e-5, "mfac": 1e-5, "chita": 1e-5, "ours-one-shot": 1e-5},
         staged={
-            "chita++": StageOptions(15, "cubic", 500, 16, 1e-2, True, "magnitude", drop_dead=False),
-            "ours": StageOptions(15, "cubic", 500, 16, 1e-2, True, "exchange"),
+            "chita++": StageOptions(50, "cubic", 250, 8, 0.1, True, "magnitude", drop_dead=False, recalibrate=500),
+            "ours": StageOptions(50, "cubic", 250, 8, 0.1, True, "exchange", drop_dead=False, recalibrate=500),
         },
-        path=(0.15, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.77, 0.8, 0.83, 0.86, 0.88, 0.9),
+        path=_path("resnet20", (2, 2, 2, 4, 7, 11, 22)),
+        fresh=2000,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Task:
-    """A dense network, the data for gradients, and the images on which it is judged."""
-
-    model: nn.Module
-    train: Pair
-    judge: Pair
-    prunable: Callable[[str, nn.Module, nn.Parameter], bool]
-
-
-def without_shortcuts(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
-    """The pruned weights of the paper's ResNet-20: not the 1 × 1 shortcut convolutions (p = 268,336)."""
-    return convolution_and_linear(name, module, parameter) and "downsample" not in name
-
-
-def load_task(network: Network, split: Literal["test", "held-out"] = "test") -> Task:
-    """Read the checkpoint and the data below $ESPALIER_DATA; settings are chosen with split="held-out"."""
-    root = os.environ.get("ESPALIER_DATA")
-    if not root:
-        raise RuntimeError("set ESPALIER_DATA to the folder that holds mnist/, cifar10/ and checkpoints/")
-    folder, checkpoint = {
-        "mlpnet": ("mnist", "mlpnet-mnist.safetensors"),
-        "resnet20": ("cifar10", "resnet20-cifar10.safetensors"),
-    }[network]
-    model = MLPNet() if network == "mlpnet" else resnet20()
-    model.load_state_dict(load_file(Path(root) / "checkpoints" / checkpoint))
-    train = _read(Path(root) / folder, "train")
-    order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
-    kept, held = order[: -HELD_OUT[network]], order[-HELD_OUT[network] :]
-    judge = (train[0][held], train[1][held]) if split == "held-out" else _read(Path(root) / folder, "test")
-    prunable = without_shortcuts if network == "resnet20" else convolution_and_linear
-    return Task(model.eval(), (train[0][kept], train[1][kept]), judge, prunable)
-
-
-def _read(folder: Path, part: str) -> Pair:
-    images = torch.from_numpy(np.load(folder / f"{part}-images.npy")).float().div_(255)
-    labels = torch.from_numpy(np.load(folder / f"{part}-labels.npy")).long()
-    if images.ndim == 3:
-        return images.sub_(0.1307).div_(0.3081)[:, None], labels
-    return images.sub_(0.5).div_(0.5).permute(0, 3, 1, 2).contiguous(), labels
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Pair) -> float:
-    """Top-1 accuracy in per cent."""
-    right = sum(
-        int((model(x).argmax(1) == y).sum()) for x, y in zip(data[0].split(250), data[1].split(250), strict=True)
-    )
-    return 100 * right / len(data[0])
 
 
 def one_shot(method: str, found: Gradients, k: int, settings: Settings) -> Result:
@@ -210,7 +138,7 @@ def run(
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {(r["method"], r["sparsity"], r["seed"]) for r in _lines(out)}
     layout = WeightLayout.of(task.model, task.prunable)
-    dense, w_bar = task.model, layout.flatten(task.model)
+    w_bar = layout.flatten(task.model)
     common = {"network": network, "split": split, "p": layout.numel}
 
     def record(cell: dict[str, Any]) -> None:
@@ -224,8 +152,15 @@ def run(
                 continue  # nothing in it is random
             found = None
             if method in STAGED and settings.path and todo:
-                for cell in _along_path(task, settings.staged[method], settings.path, todo, seed):
+                options, state = settings.staged[method], out.with_suffix(f".{method}-{seed}.pt")
+                cells = (
+                    _stage_by_stage(task, options, settings.path, todo, seed, state)
+                    if task.train[0].shape[1] == 3
+                    else _along_path(task, options, settings.path, todo, seed)
+                )
+                for cell in cells:
                     record({"method": method, "seed": seed, **cell})
+                state.unlink(missing_ok=True)
                 continue
             for sparsity in todo:
                 began = time.process_time()
@@ -240,13 +175,13 @@ def run(
                 if method == "magnitude":
                     assert found is not None
                     objective = Problem.of(found.A, None, w_bar, settings.damping["chita"]).objective(result.weights)
-                layout.write(dense, result.weights)
-                score = accuracy(dense, task.judge)
-                layout.write(dense, w_bar)
-                record(
-                    {"method": method, "sparsity": sparsity, "seed": seed, "accuracy": score}
-                    | {"objective": objective, "kept": result.kept, "cpu_seconds": seconds}
-                )
+                pruned = copy.deepcopy(task.model)
+                layout.write(pruned, result.weights)
+                cell = {"method": method, "sparsity": sparsity, "seed": seed, "accuracy": accuracy(pruned, task.judge)}
+                if settings.fresh and method in settings.judged_twice:
+                    recalibrate(pruned, _draw(task, settings.fresh, seed)[0])
+                    cell["recalibrated"] = accuracy(pruned, task.judge)
+                record(cell | {"objective": objective, "kept": result.kept, "cpu_seconds": seconds})
 
 
 _SAMPLES: dict[tuple[int, int], Gradients] = {}
@@ -257,12 +192,14 @@ def _sample(task: Task, settings: Settings, seed: int) -> Gradients:
     key = (id(task), seed)
     if key not in _SAMPLES:
         _SAMPLES.clear()
-        index = torch.randperm(len(task.train[0]), generator=torch.Generator().manual_seed(seed))
-        index = index[: settings.n * settings.batch]
-        sample = task.train[0][index], task.train[1][index]
+        sample = _draw(task, settings.n * settings.batch, seed)
         loss = nn.functional.cross_entropy
         _SAMPLES[key] = gradients(task.model, loss, sample, settings.n, settings.batch, task.prunable)
     return _SAMPLES[key]
+
+
+def _draw(task: Task, count: int, seed: int) -> Pair:
+    return next(iter(Draws(task.train, count, torch.Generator().manual_seed(seed))))
 
 
 def _staged(task: Task, options: StageOptions, sparsity: float, seed: int) -> Result:
@@ -272,7 +209,8 @@ def _staged(task: Task, options: StageOptions, sparsity: float, seed: int) -> Re
 
 def _along_path(
     task: Task, options: StageOptions, path: tuple[float, ...], wanted: list[float], seed: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """One run of stages through all sparsities; a cell for each one that is wanted."""
     cells: list[dict[str, Any]] = []
     began = time.process_time()
 
@@ -286,7 +224,30 @@ def _along_path(
     options = replace(options, seed=seed)
     loss = nn.functional.cross_entropy
     chita_plus_plus(task.model, loss, task.train, 0.5, options, task.prunable, steps, judge)
-    return cells
+    yield from cells
+
+
+def _stage_by_stage(
+    task: Task, options: StageOptions, path: tuple[float, ...], wanted: list[float], seed: int, state: Path
+) -> Iterator[dict[str, Any]]:
+    """The same on photographs, augmented afresh for every stage; `state` lets a stopped run go on."""
+    model, done, seconds, loss = copy.deepcopy(task.model), 0, 0.0, nn.functional.cross_entropy
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        done, seconds = saved["done"], saved["seconds"]
+    for stage in range(done, len(path)):
+        began = time.process_time()
+        generator = torch.Generator().manual_seed(1000 * (seed + 1) + stage)
+        data = Draws(task.train, options.n * options.batch, generator)
+        result, model = in_stages(model, loss, data, 0.5, options, task.prunable, [1 - path[stage]])
+        seconds += time.process_time() - began
+        if path[stage] in wanted:
+            cell = {"sparsity": path[stage], "accuracy": accuracy(model, task.judge), "stages": stage + 1}
+            yield cell | {"objective": result.objective, "kept": result.kept, "cpu_seconds": seconds}
+        temporary = state.with_suffix(".part")
+        torch.save({"model": model.state_dict(), "done": stage + 1, "seconds": seconds}, temporary)
+        os.replace(temporary, state)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -304,6 +265,12 @@ def table(results: Path = Path("runs/chita-mlpnet.jsonl")) -> str:
             _cell([r["accuracy"] for r in lines if (r["method"], r["sparsity"]) == (method, s)]) for s in sparsities
         ]
         rows.append(f"| {method} | " + " | ".join(cells) + " |")
+        if any("recalibrated" in r for r in lines if r["method"] == method):
+            cells = [
+                _cell([r["recalibrated"] for r in lines if (r["method"], r["sparsity"]) == (method, s)])
+                for s in sparsities
+            ]
+            rows.append(f"| {method}, new statistics | " + " | ".join(cells) + " |")
         if method in PAPER[network]:
             known = dict(zip(SPARSITIES[network], PAPER[network][method], strict=True))
             rows.append(f"| *paper: {method}* | " + " | ".join(f"*{known.get(s, '')}*" for s in sparsities) + " |")

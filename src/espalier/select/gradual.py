@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from espalier.select.masking import hold_masks
+from espalier.select.masking import Hold, hold_masks
 
 Select = Callable[[nn.Module, float, int], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
 """From (model, fraction to keep, number of the pruning step) to keep masks and new weights, by name."""
@@ -66,7 +65,7 @@ class GradualPruner:
     ) -> None:
         self.model, self.optimizer, self.select, self.options = model, optimizer, select, options
         self.masks: dict[str, Tensor] = {}
-        self._handle: RemovableHandle | None = None
+        self._handle: Hold | None = None
 
     def before_epoch(self, epoch: int) -> float | None:
         """Prune if this epoch begins with a pruning; the sparsity aimed at, or None."""

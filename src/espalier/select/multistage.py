@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from espalier.curvature.per_layer import Loss
 from espalier.select.chita import Solver, solve
 from espalier.select.patterns import Quota, cardinality
 from espalier.select.problem import Problem
+from espalier.select.recalibrate import recalibrate
 from espalier.select.result import Result
 
 Schedule = Literal["exponential", "linear", "constant", "cubic"]
@@ -60,6 +61,8 @@ class StageOptions:
     first_order: use the gradient itself, not only the curvature. drop_dead: weights whose gradient is zero
     on all samples (a pixel that is always black) do not change the model of the loss; they are dropped
     rather than kept for the ridge's sake. seed: draws the samples, where the data is a pair of tensors.
+    recalibrate: samples (of the stage's own) over which batch norm statistics are taken anew after each stage; 0
+    leaves them as they are.
     """
 
     stages: int = 15
@@ -71,6 +74,7 @@ class StageOptions:
     solver: Solver = "exchange"
     drop_dead: bool = True
     seed: int = 0
+    recalibrate: int = 0
     gradient: GradientOptions = field(default_factory=GradientOptions)
 
 
@@ -97,6 +101,20 @@ def chita_plus_plus(
     `on_stage(t, copy of the model, result)` is called after each stage. Returns the last stage's result,
     whose history holds the objective of every stage; `WeightLayout.write` applies it.
     """
+    return in_stages(model, loss, data, keep, options, prunable, path, on_stage)[0]
+
+
+def in_stages(
+    model: nn.Module,
+    loss: Loss,
+    data: Data,
+    keep: float | Callable[[WeightLayout, float], Quota],
+    options: StageOptions | None = None,
+    prunable: Predicate = convolution_and_linear,
+    path: Sequence[float] | None = None,
+    on_stage: Callable[[int, nn.Module, Result], None] | None = None,
+) -> tuple[Result, nn.Module]:
+    """`chita_plus_plus` with the pruned copy of the model, whose batch norm statistics may be new too."""
     options = options or StageOptions()
     steps = list(path) if path is not None else densities(options.schedule, options.stages, _fraction(keep))
     model = copy.deepcopy(model)
@@ -105,7 +123,7 @@ def chita_plus_plus(
     for stage, density in enumerate(steps, 1):
         sample = draw(data, options.n * options.batch, generator)
         try:
-            found = gradients(model, loss, sample, options.n, options.batch, prunable, options.gradient)
+            found = gradients(model, loss, sample, options.n, options.batch, prunable, options.gradient).gathered()
         except ValueError as error:
             raise ValueError(f"stage {stage} of {len(steps)}: {error}") from error
         quota = (
@@ -115,11 +133,20 @@ def chita_plus_plus(
         )
         result = prune_once(found.A, found.w_bar, quota, options)
         found.layout.write(model, result.weights)
+        if options.recalibrate:
+            recalibrate(model, inputs_of(sample), options.recalibrate)
         history.append(result.objective)
         if on_stage is not None:
             on_stage(stage, model, result)
     assert result is not None
-    return replace(result, history=tuple(history))
+    return replace(result, history=tuple(history)), model
+
+
+def inputs_of(data: Data) -> Tensor | Iterable[Tensor]:
+    """The inputs without the targets."""
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+        return data[0]
+    return (pair[0] for pair in cast(Iterable[tuple[Tensor, Tensor]], data))
 
 
 def prune_once(A: Tensor, w_bar: Tensor, quota: Quota, options: StageOptions) -> Result:

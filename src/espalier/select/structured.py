@@ -8,10 +8,12 @@ exactly (ρ/2) z_gᵀ(I − H_g)⁻¹z_g, and bringing one in lowers it by (ρ/2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
+from espalier.curvature.layout import WeightLayout
 from espalier.curvature.matrix import columns
 from espalier.select.dual import DualState
 from espalier.select.problem import Problem
@@ -68,23 +70,12 @@ def structured_chita(
         raise ValueError(f"costs must hold {count} positive numbers, one per group")
     if budget < float(costs.min()):
         raise ValueError(f"budget = {budget}: not even the cheapest group fits; it needs {float(costs.min()):g}")
-    members = _members(group, count)
+    members = members_of(group, count)
     state = DualState.of(problem, torch.ones(problem.p, dtype=torch.bool))
     state.solve()
+    order = eliminate(state, members, costs, budget, options)
     kept, history = torch.ones(count, dtype=torch.bool), []
-    excess = float(costs.sum()) - budget
-    for sweep in range(options.sweeps):
-        over = float(costs[kept].sum()) - budget
-        if over <= 1e-9 * budget:
-            break
-        share = over if sweep == options.sweeps - 1 else max(excess / options.sweeps, over / options.sweeps)
-        price = _changes(state, members, kept, options, kept) / costs
-        order = torch.where(kept, price, torch.inf).argsort()[: int(kept.sum()) - 1]
-        spent = costs[order].cumsum(0)
-        drop = order[: int((spent < share - 1e-9 * budget).sum()) + 1]
-        _move(state, members, drop[:0], drop)
-        kept[drop] = False
-        state.solve()
+    kept[order] = False
     if float(costs[kept].sum()) > budget * (1 + 1e-9):  # only one, too costly, group is left
         best = int(torch.where(costs <= budget, costs, 0).argmax())
         _move(state, members, torch.tensor([best]), kept.nonzero().flatten())
@@ -102,7 +93,103 @@ def structured_chita(
     return StructuredResult(kept, result, float(costs[kept].sum()))
 
 
-def _members(group: Tensor, count: int) -> Tensor:
+def eliminate(
+    state: DualState,
+    members: Tensor,
+    costs: Tensor,
+    budget: float,
+    options: StructuredOptions,
+    family: Tensor | None = None,
+) -> list[int]:
+    """Take groups out until the costs of the others sum to at most `budget`; their order. Moves `state` along.
+
+    The groups of lowest exact cost per unit of budget go first, renewed in each sweep. At least one group is left, and
+    with `family` (int64 [groups]) one of each family.
+    """
+    count = len(members)
+    family = torch.zeros(count, dtype=torch.int64) if family is None else family
+    kept, out = torch.ones(count, dtype=torch.bool), list[int]()
+    excess = float(costs.sum()) - budget
+    for sweep in range(options.sweeps):
+        over = float(costs[kept].sum()) - budget
+        if over <= 1e-9 * budget:
+            break
+        share = over if sweep == options.sweeps - 1 else max(excess / options.sweeps, over / options.sweeps)
+        price = _changes(state, members, kept, options, kept) / costs
+        order = torch.where(kept, price, torch.inf).argsort()[: int(kept.sum())]
+        order = order[~_last_of_each(order, family)]
+        if not len(order):
+            break
+        spent = costs[order].cumsum(0)
+        drop = order[: int((spent < share - 1e-9 * budget).sum()) + 1]
+        _move(state, members, drop[:0], drop)
+        kept[drop] = False
+        out += drop.tolist()
+        state.solve()
+    return out
+
+
+def _last_of_each(order: Tensor, family: Tensor) -> Tensor:
+    """Which entry of an order is the last one of its family, bool."""
+    last = torch.zeros(int(family.max()) + 1, dtype=torch.int64).scatter_reduce(
+        0, family[order], torch.arange(len(order)), "amax", include_self=False
+    )
+    return last[family[order]] == torch.arange(len(order))
+
+
+def exchange_alike(
+    state: DualState, members: Tensor, kept: Tensor, family: Tensor, options: StructuredOptions
+) -> tuple[Tensor, list[float]]:
+    """Swap groups within their family as long as that lowers Q, at most `exchanges` times; what is kept, and Q."""
+    kept, history, exhausted = kept.clone(), [state.objective], set[int]()
+    open_ = [k for k in family.unique().tolist() if 0 < int(kept[family == k].sum()) < int((family == k).sum())]
+    for _ in range(options.exchanges):
+        if not (left := [k for k in open_ if k not in exhausted]):
+            break
+        change = _changes(state, members, kept, options, torch.isin(family, torch.tensor(left)))
+        best: tuple[float, int, int] | None = None
+        for k in left:
+            mine = family == k
+            add = int(torch.where(mine & ~kept, change, -torch.inf).argmax())
+            drop = int(torch.where(mine & kept, change, torch.inf).argmin())
+            net = float(change[add] - change[drop])
+            if best is None or net > best[0]:
+                best = (net, add, drop)
+        assert best is not None
+        _, add, drop = best
+        trial = DualState(state.problem, state.support.clone(), state.K.clone(), state.t.clone())
+        _move(trial, members, torch.tensor([add]), torch.tensor([drop]))
+        trial.solve()
+        if trial.objective >= state.objective * (1 - 1e-9):
+            exhausted.add(int(family[add]))
+            continue
+        state, kept[add], kept[drop] = trial, True, False
+        history.append(state.objective)
+    return kept, history
+
+
+def block_groups(layout: WeightLayout, shape: tuple[int, int]) -> Tensor:
+    """The group of each weight where every matrix [outputs, inputs · kernel] is cut into blocks of `shape`, int64 [p].
+
+    >>> block_groups(WeightLayout(("w",), ((2, 4),)), (2, 2)).tolist()
+    [0, 0, 1, 1, 0, 0, 1, 1]
+
+    Blocks at the right and lower edge are smaller where the shape does not divide the matrix. Groups for
+    `structured_chita`: with costs of `torch.bincount(groups)`, its budget is a number of weights.
+    """
+    if min(shape) < 1:
+        raise ValueError(f"blocks of {shape[0]} × {shape[1]}: both sides must be at least 1")
+    groups, first = [], 0
+    for size in layout.shapes:
+        rows, columns = size[0], prod(size[1:])
+        across = -(-columns // shape[1])
+        block = torch.arange(rows)[:, None] // shape[0] * across + torch.arange(columns) // shape[1]
+        groups.append(first + block.reshape(-1))
+        first += -(-rows // shape[0]) * across
+    return torch.cat(groups)
+
+
+def members_of(group: Tensor, count: int) -> Tensor:
     """Indices of each group's weights, [groups, largest size], padded with −1."""
     sizes = torch.bincount(group[group >= 0], minlength=count)
     if bool((sizes == 0).any()):

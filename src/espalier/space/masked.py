@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
+from espalier.errors import InvalidSolution
 from espalier.graph.module import graph_module
 from espalier.graph.trace import Trace, root_for
 from espalier.space.narrowing import Narrowing
@@ -19,9 +20,20 @@ aten = torch.ops.aten
 
 
 def with_zeros(model: nn.Module, slices: Iterable[tuple[Slices, Tensor]], masks: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the model with slices at zero: each with the removed positions of its family."""
+    """A copy of the model with slices at zero: each with the removed positions of its family.
+
+    Raises :class:`InvalidSolution` for a mask of another shape, or of a parameter that the model does not have.
+    """
     model = copy.deepcopy(model)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise InvalidSolution(
+                f"the solution has a mask for '{name}', but {type(model).__name__} has no such parameter"
+            )
+        if parameters[name].shape != mask.shape:
+            shape = tuple(parameters[name].shape)
+            raise InvalidSolution(f"the mask of '{name}' has shape {tuple(mask.shape)}, the parameter {shape}")
     with torch.no_grad():
         for piece, removed in slices:
             parameter = parameters[piece.parameter]
@@ -32,8 +44,8 @@ def with_zeros(model: nn.Module, slices: Iterable[tuple[Slices, Tensor]], masks:
             gone = torch.isin(piece.owner, removed)
             shape = [1] * piece.dim + list(gone.shape) + [1] * (parameter.ndim - piece.dim - gone.ndim)
             parameter.masked_fill_(gone.view(shape).to(parameter.device), 0.0)
-        for name, mask in masks.items():
-            parameters[name].mul_(mask.to(parameters[name]))
+        for name, mask in masks.items():  # filled, not multiplied: no -0.0, and no NaN from what is not finite
+            parameters[name].masked_fill_(~mask.to(parameters[name].device, torch.bool), 0.0)
     return model
 
 
