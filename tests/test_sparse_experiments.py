@@ -12,7 +12,7 @@ from espalier.data import Dataset
 from espalier.experiments import gsparsity, l0_wrn, sparse_methods
 from espalier.models.lenet5 import LeNet5
 from espalier.models.wide_resnet import WideResNet
-from espalier.space.budget import meet
+from espalier.space.chains import meet
 
 
 def images(count: int, channels: int, size: int) -> Dataset:

@@ -25,7 +25,8 @@ from espalier.construct import construct
 from espalier.data import load
 from espalier.models.lenet5 import LeNet5
 from espalier.saliency import named
-from espalier.space.budget import Budget, meet
+from espalier.space.budget import Budget
+from espalier.space.chains import meet
 from espalier.space.search_space import SearchSpace, search_space
 from espalier.sparsify.flat import FlatProximal
 from espalier.sparsify.grouping import Grouping, space_groups

@@ -1,6 +1,7 @@
 """Gates on the structures of any search space, or on single weights: θ = θ̃ z, with the model left as it is."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class SpaceGates(Gating):
         that an index is open. "arm" and "disarm" make two passes in training; after it, the cost is that of
         :meth:`solution`.
         """
-        pi, macs = self.probabilities(), self.space.macs_by_weight()
+        pi, macs = self.probabilities(), self._macs
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         share: dict[tuple[str, int], Tensor] = {}
         for family, start in zip(self.families, self._starts, strict=False):
@@ -143,6 +144,17 @@ class SpaceGates(Gating):
             dims = [share[name, d].mean() for d in range(-1, len(shapes[name])) if (name, d) in share]
             total += amount * float(torch.stack(dims).prod() if dims else 1.0)
         return total / max(sum(macs.values()), 1)
+
+    @cached_property
+    def _macs(self) -> dict[str, int]:
+        """MACs of every layer, counted in eval mode: batch norms count their batches even on shapes alone."""
+        modes = [(m, m.training) for m in self.model.modules()]
+        self.model.eval()
+        try:
+            return self.space.macs_by_weight()
+        finally:
+            for m, mode in modes:
+                m.training = mode
 
     # After training.
 
