@@ -358,6 +358,17 @@ def test_bad_input():
     ):
         with pytest.raises(TrainingError, match=message):
             ProxSGD(groups, **wrong)
+    for kind in (RMDA, RAMDA):
+        for wrong, message in (
+            ({"mu": -1.0}, "mu and weight_decay are at least 0"),
+            ({"mu": 1.0, "lr": 0.0}, "lr is positive"),
+            ({"mu": 1.0, "momentum": 0.0}, r"momentum \(c\) = 0.0: lies in \(0, 1\]"),
+            ({"mu": 1.0, "momentum": 1.5}, r"momentum \(c\) = 1.5"),
+        ):
+            with pytest.raises(TrainingError, match=message):
+                kind(groups, **wrong)
+    with pytest.raises(TrainingError, match=r"epsilon=0.0: positive"):
+        RAMDA(groups, mu=1.0, epsilon=0.0)
     with pytest.raises(SpaceError, match="group 'none' has no parameters"):
         named_groups(model, {"none": []})
     with pytest.raises(SpaceError, match=r"'0.weight' is in two groups, 'a' and 'b'"):
@@ -367,6 +378,8 @@ def test_bad_input():
     with pytest.raises(SpaceError, match="unknown level 'row'"):
         layer_groups(model, ["0"], "row")
     opt = ProxSGD(groups, mu=0.01)
+    with pytest.raises(TrainingError, match=r"mu=-0.1: at least 0"):
+        opt.mu = -0.1
     before = [p.detach().clone() for p in model.parameters()]
     train(model, opt, 1)
     model[0].weight.grad[0, 0] = float("nan")

@@ -1,6 +1,8 @@
 """The recipes of sparse training on random images: every method trains, is cut to the budget, and constructs."""
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,3 +103,11 @@ def test_wide_resnet_sizes():
     with pytest.raises(ValueError, match="6 n"):
         WideResNet(15)
     assert isinstance(WideResNet(10, 1).stages, nn.Sequential)
+
+
+def test_the_guide_runs_as_printed():
+    guide = Path(__file__).parents[1] / "docs" / "sparse_training.md"
+    names: dict[str, object] = {}
+    torch.manual_seed(0)
+    for code in re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL):
+        exec(compile(code, guide.name, "exec"), names)
