@@ -143,7 +143,14 @@ def test_a_group_norm_within_a_box_is_refused(b):
 def test_a_tau_per_element(b, mu, spread):
     """Against the optimality conditions of a diagonal metric, from mild to badly scaled, and by perturbation."""
     tau, weight = EACH ** (np.log10(spread) + 1), mu * MU
-    w, zero = group_l21_per_element(b, RUNS, weight, tau)
+    w, norms = group_l21_per_element(b, RUNS, weight, tau)
+    zero = norms == 0
+    for start in (norms * 1.1, norms * 0.5 + 0.1, torch.full_like(norms, 50.0)):
+        again, same = group_l21_per_element(b, RUNS, weight, tau, start)
+        torch.testing.assert_close(again, w, rtol=1e-9, atol=1e-12)
+        assert torch.equal(same == 0, zero)
+    if mu:
+        torch.testing.assert_close(norms, RUNS.norm(w), rtol=1e-9, atol=1e-12)
     pull = tau * (b - w)
     for k in range(3):
         own = k == OWNER
@@ -166,6 +173,6 @@ def test_a_tau_per_element(b, mu, spread):
 
 
 def test_a_tau_per_element_equals_the_closed_form_where_there_is_one(b):
-    w, zero = group_l21_per_element(b, RUNS, MU, RUNS.spread(TAU))
+    w, norms = group_l21_per_element(b, RUNS, MU, RUNS.spread(TAU))
     torch.testing.assert_close(w, group_l21(b, RUNS, MU, TAU), rtol=1e-9, atol=1e-12)
-    assert torch.equal(zero, shrink_factor(RUNS.norm(b), MU, TAU) == 0)
+    assert torch.equal(norms == 0, shrink_factor(RUNS.norm(b), MU, TAU) == 0)

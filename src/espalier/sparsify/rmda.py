@@ -138,6 +138,7 @@ class RAMDA(RMDA):
         """Forget the past gradients and take the present weights as w_0."""
         super().restart()
         self._u = torch.zeros_like(self._w)
+        self._norms = self._w.new_zeros(self.runs.count)  # of the last ŵ, from where the next is sought
 
     def _update(self, w: Tensor, g: Tensor) -> Tensor:
         _, size = self._advance()
@@ -146,9 +147,9 @@ class RAMDA(RMDA):
         p = self._u.pow(1.0 / 3.0).add_(self.epsilon)
         b = torch.addcdiv(self._start, self._v, p, value=-1.0, out=g)
         mu = self._mask * (self.mu * float(self._alpha))
-        new, zero = group_l21_per_element(b, self.runs, mu, p)
+        new, self._norms = group_l21_per_element(b, self.runs, mu, p, self._norms)
         w.lerp_(new, self.per_element("momentum"))
-        return (~zero).to(w.dtype)
+        return self._norms
 
     def _buffers(self) -> dict[str, Tensor]:
-        return {**super()._buffers(), "u": self._u}
+        return {**super()._buffers(), "u": self._u, "norms": self._norms}
