@@ -143,31 +143,41 @@ def mnist(folder: Path, hidden: int) -> None:
 
 
 def budgets(folder: Path, file: str, title: str, fields: tuple[str, ...]) -> None:
-    found = rows(folder / f"{file}.jsonl")
-    cells = {(row["method"], row["macs"]): row for row in found if "pruned" in row}
-    methods = list(dict.fromkeys(method for method, _ in cells))
-    fractions = sorted({macs for _, macs in cells}, reverse=True)
+    """`oneshot` is the network as pruned, or, for those without a refit, with norms recalibrated where it has them."""
+    found = [row for row in rows(folder / f"{file}.jsonl") if "pruned" in row]
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for row in found:
+        one = row["pruned"] if row["pruned"] is not None else row["recalibrated"]
+        cells[row["method"], row["macs"]].append({**row, "oneshot": one})
     if not cells:
         return
-    grid, axis = plt.subplots(figsize=(6.5, 4.5))
-    for method in methods:
-        have = [f for f in fractions if (method, f) in cells]
-        best = [cells[method, f][fields[-1]] for f in have]
-        axis.plot([100 * (1 - f) for f in have], best, marker="o", ms=3, lw=1.1, label=method)
-    axis.set_xlabel("multiply-adds removed (%)")
-    axis.set_ylabel(f"test accuracy (%), {fields[-1]}")
-    axis.legend(fontsize=7)
+    methods = list(dict.fromkeys(method for method, _ in cells))
+    fractions = sorted({macs for _, macs in cells}, reverse=True)
+
+    def values(method: str, fraction: float, field: str) -> list[float]:
+        return [row[field] for row in cells.get((method, fraction), []) if row.get(field) is not None]
+
+    def shown(method: str, fraction: float, field: str) -> str:
+        found = values(method, fraction, field)
+        spread = f" ± {np.std(found):.1f}" if len(found) > 1 else ""
+        return f"{np.mean(found):.1f}{spread}" if found else ""
+
+    pictures = ("oneshot", "finetuned")
+    grid, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axis, field in zip(axes, pictures, strict=True):
+        for method in methods:
+            have = [f for f in fractions if values(method, f, field)]
+            means = [np.mean(values(method, f, field)) for f in have]
+            axis.plot([100 * (1 - f) for f in have], means, marker="o", ms=3, lw=1.1, label=method)
+        axis.set_xlabel("multiply-adds removed (%)")
+        axis.set_title({"oneshot": "without fine-tuning", "finetuned": "after equal fine-tuning"}[field], fontsize=10)
+    axes[0].set_ylabel("test accuracy (%)")
+    axes[0].legend(fontsize=7)
     save(grid, folder / f"{file}.png")
-    for field in fields:
+    header = ["method", *(f"{100 * (1 - f):.0f} % fewer" for f in fractions)]
+    for field in (*fields, "finetuned", "seconds"):
         print(f"{title}, {field}\n")
-        body = [
-            [m, *(f"{cells[m, f][field]:.2f}" if cells.get((m, f), {}).get(field) else "" for f in fractions)]
-            for m in methods
-        ]
-        table(["method", *(f"{100 * (1 - f):.0f} % fewer" for f in fractions)], body)
-    print("Seconds of selection\n")
-    spent = [[m, *(f"{cells[m, f]['seconds']}" if (m, f) in cells else "" for f in fractions)] for m in methods]
-    table(["method", *(f"{100 * (1 - f):.0f} % fewer" for f in fractions)], spent)
+        table(header, [[m, *(shown(m, f, field) for f in fractions)] for m in methods])
 
 
 def cost(folder: Path) -> None:
@@ -177,6 +187,7 @@ def cost(folder: Path) -> None:
     cells = {tuple(row["cell"]): row for row in found}
     grid, axes = plt.subplots(1, 3, figsize=(13, 4))
     methods = list(dict.fromkeys(cell[0] for cell in cells))
+    every = sorted({cell[1] for cell in cells if cell[3] == 10_000})
     body = []
     for method in methods:
         for wide in (False, True):
@@ -192,9 +203,12 @@ def cost(folder: Path) -> None:
                 by_samples = sorted(c for c in cells if c[0] == method and c[1] == 1024 and c[2] == 1024)
                 samples, memory = [c[3] for c in by_samples], [cells[c]["peak_mib"] for c in by_samples]
                 axes[2].loglog(samples, memory, marker="o", ms=3, label=method)
-            bend = float(np.polyfit(np.log(widths), np.log(times), 1)[0]) if len(widths) > 1 else float("nan")
-            numbers = [f"{cells[c]['seconds']:.2f} s, {cells[c]['peak_mib']:.0f} MiB" for c in chosen]
-            body.append([method, "d" if wide else "10", *numbers, *[""] * (5 - len(numbers)), f"{bend:.2f}"])
+            bends = [
+                f"{np.polyfit(np.log(widths), np.log(values), 1)[0]:.2f}" if len(widths) > 1 else ""
+                for values in (times, peaks)
+            ]
+            text = {c[1]: f"{cells[c]['seconds']:.2f} s, {cells[c]['peak_mib']:.0f} MiB" for c in chosen}
+            body.append([method, "d" if wide else "10", *(text.get(width, "") for width in every), *bends])
     for axis, words in zip(axes, ("seconds", "peak MiB (outputs d)", "peak MiB, d = 1024"), strict=True):
         axis.set_ylabel(words)
     axes[0].set_xlabel("hidden width d")
@@ -203,7 +217,7 @@ def cost(folder: Path) -> None:
     axes[0].legend(fontsize=5)
     axes[2].legend(fontsize=6)
     save(grid, folder / "cost.png")
-    table(["method", "outputs", "256", "512", "1024", "2048", "8192", "time slope"], body)
+    table(["method", "outputs", *map(str, every), "time slope", "memory slope"], body)
     samples = sorted({c[3] for c in cells if c[1] == 1024})
     lines = [
         [

@@ -228,6 +228,8 @@ def test_a_reloaded_network_does_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(espalier.load(tmp_path / "small").eval()(x), expected, rtol=0.0, atol=0.0)
     torch.testing.assert_close(copy.deepcopy(small)(x), expected, rtol=0.0, atol=0.0)
     torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), expected)
+    compiled = torch.compile(small, backend="aot_eager")  # no C++ compiler is needed
+    torch.testing.assert_close(compiled(x), expected)
 
 
 @settings(max_examples=200, deadline=None)

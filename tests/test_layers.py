@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "own_class": {"errors", "graph", "rules", "space", "own_sizes"},
     "own_sizes": {"errors", "graph", "rules", "space"},
     "construct": {"errors", "graph", "rules", "space", "own_class"},
-    "api": {"errors", "space", "saliency", "sparsify", "select", "construct"},
+    "api": {"errors", "space", "saliency", "curvature", "sparsify", "select", "construct"},
     "architecture": {"errors", "graph"},
     "export": {"errors", "architecture"},
     "models": set(),

@@ -14,10 +14,11 @@ from torch.nn import functional
 
 import espalier
 from espalier.curvature.moments import Moments, collect, collect_paired, input_rows, moment_cost
+from espalier.curvature.symmetric import add_symmetric
 from espalier.select.refit import from_moments
 
-SELECT = ["allocate", "auxiliary", "backward", "gfs", "ispasp", "layerwise", "omp", "refit"]
-MODULES = ["curvature.moments", "models.two_layer", *(f"select.{name}" for name in SELECT)]
+SELECT = ["allocate", "auxiliary", "backward", "gfs", "ispasp", "layerwise", "omp", "refit", "sweep"]
+MODULES = ["curvature.moments", "curvature.symmetric", "models.two_layer", *(f"select.{name}" for name in SELECT)]
 
 
 class Net(nn.Module):
@@ -81,6 +82,17 @@ def test_rows_times_weight_are_the_layer(kind, dilation):
     x = torch.randn(3, 4, 9, 8, dtype=torch.float64)
     out = (input_rows(conv, x) @ conv.weight.flatten(1).T).view(3, -1, 6).movedim(1, 2)
     torch.testing.assert_close(out.flatten(2), conv(x).flatten(2))
+
+
+@pytest.mark.parametrize("columns", [3, 512, 513, 700])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_symmetric_products_equal_whole_ones(columns, rows):
+    g = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(rows, columns, generator=g, dtype=torch.float64) for _ in range(2))
+    start = left.T @ left
+    torch.testing.assert_close(add_symmetric(start.clone(), right, right, alpha=-2), start - 2 * right.T @ right)
+    added = left.T @ right + right.T @ left
+    torch.testing.assert_close(add_symmetric(start.clone(), left, right, both=True), start + added)
 
 
 def test_paired_moments_equal_the_in_memory_sums():

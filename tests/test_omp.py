@@ -5,19 +5,26 @@ from itertools import combinations
 import pytest
 import torch
 
+from espalier.select import sweep
 from espalier.select.backward import backward, backward_path
 from espalier.select.omp import omp, omp_path
 from espalier.select.refit import Reconstruction, reconstruction, refit
+from espalier.select.sweep import Sweep
 
 BLOCKS = [1, 3]
 
 
-def problem(units: int, block: int = 1, seed: int = 0, paired: bool = False, samples: int = 300) -> Reconstruction:
+OUTPUTS = [4, 90]  # with many outputs the residual is not kept, only its second moment
+
+
+def problem(
+    units: int, block: int = 1, seed: int = 0, paired: bool = False, samples: int = 300, outputs: int = 4
+) -> Reconstruction:
     g = torch.Generator().manual_seed(seed)
     d = units * block
     mix = torch.randn(d, d, generator=g, dtype=torch.float64) / d**0.5 + torch.eye(d)
     dense = (mix @ torch.randn(d, samples, generator=g, dtype=torch.float64)).relu()
-    weight = torch.randn(4, d, generator=g, dtype=torch.float64)
+    weight = torch.randn(outputs, d, generator=g, dtype=torch.float64)
     if not paired:
         return reconstruction(weight, dense @ dense.T, block=block)
     hidden = dense + 0.3 * torch.randn(d, samples, generator=g, dtype=torch.float64)
@@ -40,8 +47,9 @@ def brute(p: Reconstruction, size: int) -> float:
 
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_forward_path_equals_solving_again(block, paired):
-    p = problem(9, block, paired=paired)
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_forward_path_equals_solving_again(block, paired, outputs):
+    p = problem(9, block, paired=paired, outputs=outputs)
     path = omp_path(p)
     kept: list[int] = []
     for step in range(p.units):
@@ -55,8 +63,9 @@ def test_forward_path_equals_solving_again(block, paired):
 
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_backward_path_equals_solving_again(block, paired):
-    p = problem(9, block, paired=paired)
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_backward_path_equals_solving_again(block, paired, outputs):
+    p = problem(9, block, paired=paired, outputs=outputs)
     path = backward_path(p)
     kept = list(range(p.units))
     for size in range(p.units - 1, 0, -1):
@@ -67,8 +76,19 @@ def test_backward_path_equals_solving_again(block, paired):
         assert float(path.errors[size]) == pytest.approx(trials[worst], rel=1e-8, abs=1e-10 * p.energy)
 
 
-def test_backward_with_delayed_updates_and_shrinking_equals_the_plain_loop():
-    p = problem(220, samples=800)
+@pytest.fixture
+def short_panels(monkeypatch):
+    """Delayed updates applied every 128 columns, as at large sizes; counts how often rows are measured."""
+    measured = []
+    original = Sweep._measure
+    monkeypatch.setattr(sweep, "_PENDING", 1)
+    monkeypatch.setattr(Sweep, "_measure", lambda self, rows: (measured.append(1), original(self, rows))[1])
+    return measured
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_backward_with_delayed_updates_and_shrinking_equals_the_plain_loop(outputs, short_panels):
+    p = problem(220, samples=800, outputs=outputs)
     path = backward_path(p, 20)
     inverse, weights, kept, errors = torch.linalg.inv(p.gram), p.weight.clone(), list(range(p.units)), [0.0]
     for _ in range(200):
@@ -82,6 +102,44 @@ def test_backward_with_delayed_updates_and_shrinking_equals_the_plain_loop():
     assert path.support(20).tolist() == kept
     torch.testing.assert_close(path.errors[20:].flip(0), torch.tensor(errors, dtype=torch.float64), rtol=1e-7, atol=0)
     assert bool(path.errors[:20].isinf().all())
+
+
+@pytest.mark.parametrize("criterion", ["gain", "correlation"])
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_forward_with_delayed_updates_and_shrinking_equals_the_plain_loop(outputs, criterion, short_panels):
+    p = problem(220, samples=800, outputs=outputs)
+    path = omp_path(p, 180, criterion=criterion)
+    schur, residual, chosen, gains = p.gram.clone(), p.cross.clone(), [], []
+    for _ in range(180):
+        gain = residual.square().sum(0) / schur.diagonal()
+        score = gain if criterion == "gain" else residual.square().sum(0) / p.gram.diagonal()
+        j = max((unit for unit in range(220) if unit not in chosen), key=lambda unit: float(score[unit]))
+        gains.append(float(gain[j]))
+        residual = residual - torch.outer(residual[:, j], schur[j]) / schur[j, j]
+        schur = schur - torch.outer(schur[:, j], schur[j]) / schur[j, j]
+        schur[j, j] = 1.0
+        chosen.append(j)
+    assert path.order.tolist() == chosen
+    torch.testing.assert_close(-path.errors.diff(), torch.tensor(gains, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert float(path.errors[180]) == pytest.approx(objective(p, chosen), rel=1e-8)
+
+
+def test_badly_scaled_rows_are_measured_anew_where_rounding_could_decide(short_panels):
+    g = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, 61, dtype=torch.float64) ** -3
+    hidden = scale[:, None] * torch.rand(60, 400, generator=g, dtype=torch.float64)
+    weight = torch.randn(90, 60, generator=g, dtype=torch.float64)
+    p = reconstruction(weight, hidden @ hidden.T, ridge=1e-15)
+    path, kept = omp_path(p, 40), []
+    assert len(short_panels) > 1
+    for size in range(40):
+        trials = {j: objective(p, [*kept, j]) for j in range(60) if j not in kept}
+        kept.append(min(trials, key=trials.__getitem__))
+        assert int(path.order[size]) == kept[-1]
+        assert float(path.errors[size + 1]) == pytest.approx(trials[kept[-1]], rel=1e-6)
+    back = backward_path(p)
+    for size in (10, 30, 50):
+        assert float(back.errors[size]) == pytest.approx(objective(p, back.support(size).tolist()), rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -108,8 +166,9 @@ def test_orthogonal_rows_make_greedy_optimal():
 
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("path", [omp_path, backward_path])
-def test_error_never_rises_along_the_path(path, paired):
-    errors = path(problem(40, 2, paired=paired)).errors
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_error_never_rises_along_the_path(path, paired, outputs):
+    errors = path(problem(40, 2, paired=paired, outputs=outputs)).errors
     assert bool((errors.diff() <= 0).all())
 
 
@@ -145,10 +204,11 @@ def test_refit_ridge_is_extra_data():
     torch.testing.assert_close(refit(p, support).weights, oracle, rtol=1e-8, atol=1e-8)
 
 
-def test_rank_deficient_moment_is_solved_and_backward_without_ridge_is_refused():
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_rank_deficient_moment_is_solved_and_backward_without_ridge_is_refused(outputs):
     g = torch.Generator().manual_seed(0)
     hidden = torch.rand(20, 6, generator=g, dtype=torch.float64)
-    weight = torch.randn(2, 20, generator=g, dtype=torch.float64)
+    weight = torch.randn(outputs, 20, generator=g, dtype=torch.float64)
     p = reconstruction(weight, hidden @ hidden.T)
     assert omp(p, 8).relative < 1e-4
     assert backward(p, 8).relative < 1e-4
@@ -158,11 +218,12 @@ def test_rank_deficient_moment_is_solved_and_backward_without_ridge_is_refused()
         backward(bare, 8)
 
 
-def test_dead_units_go_first_and_are_named():
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_dead_units_go_first_and_are_named(outputs):
     g = torch.Generator().manual_seed(0)
     hidden = torch.rand(10, 60, generator=g, dtype=torch.float64)
     hidden[[2, 7]] = 0
-    p = reconstruction(torch.randn(2, 10, generator=g, dtype=torch.float64), hidden @ hidden.T)
+    p = reconstruction(torch.randn(outputs, 10, generator=g, dtype=torch.float64), hidden @ hidden.T)
     assert p.dead.tolist() == [2, 7]
     for path in (omp_path(p), backward_path(p)):
         assert set(path.order[-2:].tolist()) == {2, 7}

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 import espalier
 from espalier.errors import BudgetError, SpaceError
+from espalier.select.families import FamilyOptions
+from espalier.select.multistage import StageOptions
 from espalier.space.cost import measure
 
 
@@ -74,5 +76,53 @@ def test_steps_with_fine_tuning(model: nn.Module) -> None:
 
 
 def test_a_budget_out_of_reach(model: nn.Module) -> None:
-    with pytest.raises(BudgetError, match="nearest"):
+    with pytest.raises(BudgetError, match="the least is"):
         espalier.prune(model, batches()[0], budget=espalier.Budget(params=0.01))
+
+
+def zeros(net: nn.Module) -> float:
+    weights = [m.weight for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+@pytest.mark.parametrize("method", [None, "chita", "chita++", "exchange++", "woodfisher", "mfac", "cbs"])
+def test_single_weights(method: str | None) -> None:
+    torch.manual_seed(0)
+    net, x, y = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)), torch.rand(300, 4), torch.arange(300) % 3
+    options = StageOptions(stages=2, n=50, batch=4)
+    small = espalier.prune(
+        net, x[:2], budget=espalier.Budget(weights=0.25), method=method, data=(x, y), options=options
+    ) if method else espalier.prune(net, x[:2], budget=espalier.Budget(weights=28))  # fmt: skip
+    assert zeros(small) == 0.75
+    assert parameters(small) == parameters(net)
+    assert zeros(net) == 0.0
+
+
+def test_single_weights_step_by_step() -> None:
+    torch.manual_seed(0)
+    net, shares = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)), []
+    small = espalier.prune(
+        net, torch.rand(2, 4), budget=espalier.Budget(weights=0.25), steps=2, finetune=lambda m: shares.append(zeros(m))
+    )
+    assert shares == [0.5, 0.75]
+    assert zeros(small) == 0.75
+
+
+def test_structures_by_the_second_order_model() -> None:
+    torch.manual_seed(0)
+    net, x, y = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)), torch.rand(300, 4), torch.arange(300) % 3
+    small = espalier.prune(
+        net, x[:2], budget=espalier.Budget(macs=0.5), method="structured-chita", data=(x, y),
+        options=FamilyOptions(n=40, batch=5),
+    )  # fmt: skip
+    assert small[0].out_features == 8
+
+
+def test_what_does_not_go_together(model: nn.Module) -> None:
+    x = batches()[0]
+    with pytest.raises(BudgetError, match=r"Budget\(weights=\.\.\.\) alone"):
+        espalier.prune(model, x, budget=espalier.Budget(macs=0.5), method="chita", data=labelled())
+    with pytest.raises(BudgetError, match="not Budget"):
+        espalier.prune(model, x, budget=espalier.Budget(weights=0.5), method="structured-chita", data=labelled())
+    with pytest.raises(TypeError, match="ridge: settings are for a method"):
+        espalier.prune(model, x, budget=espalier.Budget(macs=0.5), ridge=1.0)

@@ -18,12 +18,14 @@ from espalier.saliency import (
     Saliency,
     balanced,
     bn_scale,
+    group_norm,
     magnitude,
     naswot,
     ntk,
     random,
     synflow,
     taylor,
+    worth,
     zen_score,
     zico,
 )
@@ -113,6 +115,17 @@ def test_taylor_adds_up_before_the_absolute_value() -> None:
 
 def test_magnitude() -> None:
     assert scored(Sum(2.0, -5.0), column(1, 2), magnitude) == pytest.approx([2.0, 5.0])
+
+
+def test_group_norm() -> None:
+    assert scored(Sum(2.0, -5.0), column(1, 2), group_norm) == pytest.approx([4.0, 25.0])
+
+
+def test_what_an_average_is_worth() -> None:
+    scores, size = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([10.0, 5.0, 2.0])
+    assert worth(taylor, scores, size) is scores
+    assert worth(magnitude, scores, size).tolist() == [30.0, 0.0, 5.0]
+    assert worth(random(), scores.abs(), size).tolist() == [10.0, 10.0, 1.0]
 
 
 def test_bn_scale() -> None:
@@ -254,7 +267,7 @@ ALL: dict[str, Saliency] = {**SALIENCIES, "zico": zico(BATCHES)}
 
 def test_the_registry_holds_all() -> None:
     assert set(ALL) == {
-        "balanced", "bn_scale", "cosine_magnitude", "magnitude", "naswot", "ntk", "random", "relative",
+        "balanced", "bn_scale", "cosine_magnitude", "group_norm", "magnitude", "naswot", "ntk", "random", "relative",
         "synflow", "taylor", "zen_score", "zico",
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from torch import nn
 import espalier
 from espalier.errors import BudgetError, InvalidSolution, SpaceError, TraceError
 from espalier.models.demonet import DemoNet
-from espalier.space.budget import estimate
+from espalier.space.chains import estimate
 
 IMAGE = (torch.randn(2, 3, 32, 32),)
 VECTOR = (torch.randn(3, 4),)
@@ -185,7 +185,7 @@ def test_budget_that_cannot_be_met_names_the_nearest() -> None:
     with pytest.raises(BudgetError, match="empty budget"):
         espalier.Budget()
     with pytest.raises(BudgetError, match="between 0 and 1"):
-        espalier.Budget(params=50)
+        espalier.Budget(params=-0.5)
 
 
 def test_a_solution_of_another_model_is_refused() -> None:

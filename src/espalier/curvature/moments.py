@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from espalier.curvature.symmetric import add_symmetric
+from espalier.curvature.watch import Watch, agreed, unwatched
+
 
 @dataclass
 class Moments:
@@ -54,13 +57,14 @@ class Moments:
     def add(self, rows: Tensor, dense: Tensor | None = None) -> None:
         """Add samples: `rows` [B, d], and for paired moments the same samples' `dense` rows [B, d]."""
         rows = rows.detach().to(self.gram)
-        if not bool(torch.isfinite(rows).all()):
+        total = rows.sum(0)
+        if not bool(torch.isfinite(total).all()):  # NaN and infinity survive the sum
             raise ValueError(
                 f"the input of {self.name or 'the layer'} holds NaN or infinity in a calibration batch "
                 f"(after {self.count} good samples): check the data and the model in eval mode"
             )
-        self.gram.addmm_(rows.T, rows)
-        self.sums += rows.sum(0)
+        add_symmetric(self.gram, rows, rows)
+        self.sums += total
         self.count += len(rows)
         if self.cross is not None and self.dense_gram is not None and self.dense_sums is not None:
             if dense is None or dense.shape != rows.shape:
@@ -68,7 +72,7 @@ class Moments:
             dense = dense.detach().to(self.gram)
             self.cross.addmm_(dense.T, rows)
             if not self.shared:
-                self.dense_gram.addmm_(dense.T, dense)
+                add_symmetric(self.dense_gram, dense, dense)
                 self.dense_sums += dense.sum(0)
 
     def all_reduce(self) -> None:
@@ -167,6 +171,7 @@ def collect(
     data: Iterable[Any],
     *,
     device: torch.device | str | None = None,
+    watch: Watch = unwatched,
 ) -> dict[str, Moments]:
     """Second moments of the inputs of the named Linear and Conv2d layers, all in one pass of `data`.
 
@@ -177,8 +182,8 @@ def collect(
     A batch is a tensor, or a tuple or list whose first element is the model's input (labels are not used),
     or a mapping of keyword arguments. The model runs in eval mode and is put back as it was. Sums are
     float64, on each layer's own device unless `device` says otherwise, and are added up over processes
-    where `torch.distributed` is initialised. Raises ValueError for an empty loader and for activations that
-    are not finite.
+    where `torch.distributed` is initialised; every process brings at least one batch, and an error on one is an
+    error on all. Raises ValueError for an empty loader and for activations that are not finite.
     """
     found: dict[str, Moments] = {}
 
@@ -187,10 +192,12 @@ def collect(
             found[name] = Moments.zeros(input_columns(module), device=device or inputs.device, name=name)
         found[name].add(input_rows(module, inputs, name))
 
-    with evaluating(model), _tapped(model, names, note):
-        for batch in data:
-            call(model, batch)
-    return _finish(found, names)
+    with agreed():
+        with evaluating(model), _tapped(model, names, note):
+            for batch in watch(data, "second moments"):
+                call(model, batch)
+        _reached(found, names)
+    return _summed(found, names)
 
 
 @torch.no_grad()
@@ -201,6 +208,7 @@ def collect_paired(
     data: Iterable[Any],
     *,
     known: Mapping[str, Moments] | None = None,
+    watch: Watch = unwatched,
 ) -> dict[str, Moments]:
     """Moments of a model in the making, paired with the dense model's inputs of the same layers and samples.
 
@@ -222,16 +230,18 @@ def collect_paired(
                 found[name].shared = True
         found[name].add(input_rows(module, inputs, name), seen.pop(name))
 
-    with (
-        evaluating(dense),
-        evaluating(pruned),
-        _tapped(dense, names, remember, last=True),
-        _tapped(pruned, names, note, last=True),
-    ):
-        for batch in data:
-            call(dense, batch)
-            call(pruned, batch)
-    return _finish(found, names)
+    with agreed():
+        with (
+            evaluating(dense),
+            evaluating(pruned),
+            _tapped(dense, names, remember, last=True),
+            _tapped(pruned, names, note, last=True),
+        ):
+            for batch in watch(data, f"what reaches {', '.join(names)} as pruned so far"):
+                call(dense, batch)
+                call(pruned, batch)
+        _reached(found, names)
+    return _summed(found, names)
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -279,13 +289,17 @@ def evaluating(model: nn.Module):
             module.training = mode
 
 
-def _finish(found: dict[str, Moments], names: Sequence[str]) -> dict[str, Moments]:
+def _reached(found: Mapping[str, Moments], names: Sequence[str]) -> None:
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(
             f"no calibration sample reached {', '.join(missing)}: the loader is empty, or the model does "
             "not call these layers"
         )
+
+
+def _summed(found: dict[str, Moments], names: Sequence[str]) -> dict[str, Moments]:
+    """Over all processes, layer by layer in one order."""
     for name in names:
         found[name].all_reduce()
     return found

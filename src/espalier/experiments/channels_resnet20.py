@@ -3,9 +3,9 @@
     ESPALIER_DATA=... python -m espalier.experiments.channels_resnet20 --out runs/channels
 
 Both start from the trained checkpoint, train for the same number of epochs with the same recipe and end with the
-same budget of MACs. ``magnitude`` removes the channels of the least root mean square (relative to their layer's, or
-with ``--saliency magnitude`` as it is), over all layers at once, and fine-tunes what is left; ``h2spg`` and
-``dhspg`` train the full network and drive channels to zero on the way.
+same budget of MACs. ``magnitude`` removes the channels that are worth least for what they cost (by their energy, or by
+``--saliency``) and fine-tunes what is left; ``h2spg`` trains the full network and drives channels that are chosen in
+the same way to zero after a warm-up; ``dhspg`` takes them in ascending order.
 Runs can be stopped and started again; finished ones are skipped.
 """
 
@@ -25,8 +25,8 @@ from torch.nn import functional
 import espalier
 from espalier.data import Augment, Batches, Dataset, load
 from espalier.experiments.ispasp_resnet import load_dense
-from espalier.saliency import named
-from espalier.space.budget import meet
+from espalier.saliency import named, worth
+from espalier.space.selection import select
 from espalier.sparsify.groups import Groups
 from espalier.sparsify.halfspace import DHSPG, H2SPG
 
@@ -47,7 +47,7 @@ class Recipe:
     batch_size: int = 128
     warmup: float = 0.1
     projection: float = 0.4
-    saliency: str = "relative"
+    saliency: str = "group_norm"
     validation: int = 5000
     seed: int = 0
 
@@ -86,11 +86,10 @@ class Run:
         self.solution: espalier.Solution | None = None
         self.model: nn.Module = dense
         if recipe.method == "magnitude":
-            groups = Groups(self.space)
-            scores = named(recipe.saliency)(self.space, groups.state([torch.zeros_like(t) for t in groups.tensors]))
-            names = self.space.structures.names
-            gone = meet(self.space, [names[i] for i in scores.argsort().tolist()], budget)
-            self.solution = self.space.solution(gone, {"method": "magnitude"})
+            groups, score = Groups(self.space), named(recipe.saliency)
+            scores = score(self.space, groups.state([torch.zeros_like(t) for t in groups.tensors]))
+            found = select(self.space, worth(score, scores, groups.size), budget)
+            self.solution = self.space.solution(found.removed, {"method": "magnitude"})
             self.model = espalier.construct(self.space, self.solution)
             self.opt = torch.optim.SGD(self.model.parameters(), **sgd)
         else:
@@ -197,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["h2spg", "magnitude"])
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--saliency", default="relative", help="a name of espalier.saliency")
+    parser.add_argument("--saliency", default="group_norm", help="a name of espalier.saliency")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", action="store_true", help="look at the test images, too")
     args = parser.parse_args(arguments)

@@ -18,7 +18,7 @@ class Run:
 
     >>> run = Run("demonet", "fashion-mnist", method="h2spg", params=0.55, epochs=2)
     >>> run.name, run.budget
-    ('demonet-h2spg-params0.55-0', Budget(structures=None, params=0.55, macs=None))
+    ('demonet-h2spg-params0.55-0', Budget(params=0.55))
 
     Fields:
         network, width: a name in ``experiments.networks`` and its factor on the channels.

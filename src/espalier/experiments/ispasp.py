@@ -10,8 +10,10 @@ cells that are already in the file are skipped, so that a stopped run continues.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as FilePath
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from espalier.curvature.moments import collect
+from espalier.curvature.moments import Moments, collect
 from espalier.models.two_layer import TwoLayer
 from espalier.select.auxiliary import PAPER, AuxiliaryOptions, auxiliary
 from espalier.select.backward import backward_path
@@ -47,7 +49,7 @@ SIZES = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 class Results:
-    """JSON lines with skipping: `done(**key)` says whether a line with these values exists."""
+    """JSON lines with skipping: `done(**key)` says whether a line with these values exists; each is also shown."""
 
     def __init__(self, path: FilePath) -> None:
         self.path = path
@@ -62,6 +64,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        print(*(f"{k}={v}" for k, v in row.items() if isinstance(v, int | float | str)), file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- Figure 3
@@ -133,19 +136,39 @@ def load_images(name: str, split: str, first: int | None = None) -> tuple[Tensor
     return images, torch.from_numpy(np.load(folder / f"{split}-labels.npy")[:first].astype(np.int64))
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, lr: float, batch: int = 256, seed: int = 0) -> None:
-    """Adam and cross-entropy with a cosine decay to zero; float32."""
+def train(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epochs: int,
+    lr: float,
+    batch: int = 256,
+    seed: int = 0,
+    checkpoint: FilePath | None = None,
+) -> None:
+    """Adam and cross-entropy with a cosine decay to zero; float32. Stopped, it goes on after the last epoch in
+    `checkpoint`."""
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=lr)
     steps = epochs * ((len(x) + batch - 1) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    done = 0
+    if checkpoint is not None and checkpoint.exists():
+        done, *states, drawn = torch.load(checkpoint)
+        for part, state in zip((model, optimiser, schedule), states, strict=True):
+            part.load_state_dict(state)
+        generator.set_state(drawn)
     model.train()
-    for _ in range(epochs):
+    for epoch in range(done, epochs):
         for index in torch.randperm(len(x), generator=generator).split(batch):
             optimiser.zero_grad()
             functional.cross_entropy(model(x[index]), y[index]).backward()
             optimiser.step()
             schedule.step()
+        if checkpoint is not None:
+            states = [part.state_dict() for part in (model, optimiser, schedule)]
+            torch.save((epoch + 1, *states, generator.get_state()), checkpoint)
     model.eval()
 
 
@@ -155,6 +178,15 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     model.eval()
     right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
     return 100 * right / len(x)
+
+
+def finetuned(model: nn.Module, x: Tensor, y: Tensor, *, images: int, seed: int) -> nn.Module:
+    """A copy after one epoch of Adam (5e-4, cosine, batches of 64) on `images` random ones: the same for every
+    method."""
+    model = copy.deepcopy(model)
+    pick = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed + 1))[:images]
+    train(model, x[pick], y[pick], epochs=1, lr=5e-4, batch=64, seed=seed)
+    return model
 
 
 @torch.no_grad()
@@ -225,8 +257,9 @@ def mnist(
     epochs: int = 10,
     calibration: int = 10_000,
     finetune: int = 1,
+    methods: Sequence[str] | None = None,
 ) -> None:
-    """Test accuracy of the pruned two-layer network before and after fine-tuning, for all selectors."""
+    """Test accuracy of the pruned two-layer network before and after fine-tuning, for all selectors or `methods`."""
     results = Results(out)
     sizes = [size for size in sizes if size < hidden]
     x, y = load_images("mnist", "train")
@@ -239,16 +272,23 @@ def mnist(
         if file.exists():
             dense.load_state_dict(torch.load(file))
         else:
-            train(dense, x, y, epochs=epochs, lr=1e-3, seed=seed)
             cache.mkdir(parents=True, exist_ok=True)
+            train(dense, x, y, epochs=epochs, lr=1e-3, seed=seed, checkpoint=file.with_suffix(".part"))
             torch.save(dense.state_dict(), file)
         key = {"hidden": hidden, "seed": seed}
         if not results.done(**key, method="dense"):
             results.add(**key, method="dense", size=hidden, before=accuracy(dense, test_x, test_y))
         done = {f"{r['method']}/{r['size']}" for r in results.rows if r["hidden"] == hidden and r["seed"] == seed}
+        if all(f"{name}/{size}" in done for name in methods or () for size in sizes) and methods:
+            continue
         pick = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:calibration]
         started = time.perf_counter()
-        moments = collect(dense, ["output"], x[pick].split(1000))["output"]
+        kept = cache / f"moments-{hidden}-seed{seed}-epochs{epochs}-{calibration}.pt"
+        if kept.exists():
+            moments = Moments(*torch.load(kept), name="output")
+        else:
+            moments = collect(dense, ["output"], x[pick].split(1000))["output"]
+            torch.save((moments.gram, moments.sums, moments.count), kept)
         spent = time.perf_counter() - started
         if not results.done(**key, method="moments"):
             results.add(**key, method="moments", size=hidden, seconds=round(spent, 3))
@@ -256,6 +296,8 @@ def mnist(
         centred = from_moments(moments, dense.output.weight, centred=True)
         del moments
         for name, size, select, bias in mnist_selections(dense, raw, centred, sizes, seed, done):
+            if methods is not None and name not in methods:
+                continue
             started = time.perf_counter()
             selection = select()
             spent = time.perf_counter() - started
@@ -285,6 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     second.add_argument("--hidden", type=int, default=1000)
     second.add_argument("--epochs", type=int, default=10)
     second.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    second.add_argument("--methods", nargs="+", help="only these; the paper's selectors and ours by default")
     options = vars(parser.parse_args(arguments))
     {"figure3": figure3, "mnist": mnist}[options.pop("command")](**options)
 

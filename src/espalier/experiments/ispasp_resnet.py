@@ -1,4 +1,4 @@
-"""One-shot pruning of ResNet-20 on CIFAR-10 without labels and without fine-tuning.
+"""One-shot pruning of ResNet-20 on CIFAR-10 without labels, then with equal fine-tuning.
 
 ``python -m espalier.experiments.ispasp_resnet --out results.jsonl``; ESPALIER_DATA names the folder that
 holds ``cifar10/*.npy`` and ``checkpoints/resnet20-cifar10.safetensors``. The inner channels of every block
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from espalier.curvature.moments import Moments, collect
-from espalier.experiments.ispasp import Results, accuracy, load_images
+from espalier.experiments.ispasp import Results, accuracy, finetuned, load_images
 from espalier.select.allocate import mac_cost
 from espalier.select.layerwise import LayerResult, Pair, narrow, prune_layers
 from espalier.select.refit import Selection
@@ -188,9 +188,16 @@ def selections(
 
 
 def resnet(
-    out: Path, *, seeds: Sequence[int] = (0,), images: int = 1000, fractions: Sequence[float] = FRACTIONS
+    out: Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    images: int = 1000,
+    fractions: Sequence[float] = FRACTIONS,
+    methods: Sequence[str] | None = None,
+    finetune: int = 0,
 ) -> None:
-    """Test accuracy of every method and budget, as pruned and after recalibrating batch norms."""
+    """Test accuracy of every method and budget, as pruned, after recalibrating batch norms and, with `finetune`
+    labelled images, after one epoch on these (from the better of the two networks)."""
     results = Results(out)
     model, pairs = load_dense(), inner_pairs()
     x, y = cifar("train")
@@ -210,9 +217,9 @@ def resnet(
             results.add(method="moments", seed=seed, seconds=round(time.perf_counter() - started, 1))
         for fraction in fractions:
             uniform = uniform_sizes(units, cost, fraction * full)
-            methods = selections(model, batches, moments, (x[pick], y[pick]), fraction, uniform, seed)
-            for name, method in methods.items():
-                if results.done(method=name, macs=fraction, seed=seed):
+            found_by = selections(model, batches, moments, (x[pick], y[pick]), fraction, uniform, seed)
+            for name, method in found_by.items():
+                if results.done(method=name, macs=fraction, seed=seed) or name not in (methods or found_by):
                     continue
                 started = time.perf_counter()
                 found = method()
@@ -220,14 +227,22 @@ def resnet(
                 small = narrow(model, found)
                 sizes = [len(r.selection.support) for r in found]
                 refitted = name not in ("random", "magnitude", "taylor")
+                again = recalibrate(small, statistics)
+                pruned = accuracy(small, test_x, test_y) if refitted else None
+                recalibrated = accuracy(again, test_x, test_y)
+                start = small if pruned is not None and pruned > recalibrated else again
+                after = (
+                    accuracy(finetuned(start, x, y, images=finetune, seed=seed), test_x, test_y) if finetune else None
+                )
                 results.add(
                     method=name,
                     macs=fraction,
                     seed=seed,
                     reached=cost(sizes) / full,
                     sizes=sizes,
-                    pruned=accuracy(small, test_x, test_y) if refitted else None,
-                    recalibrated=accuracy(recalibrate(small, statistics), test_x, test_y),
+                    pruned=pruned,
+                    recalibrated=recalibrated,
+                    finetuned=after,
                     seconds=round(spent, 1),
                 )
 
@@ -238,6 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=1000, help="calibration images")
     parser.add_argument("--fractions", type=float, nargs="+", default=list(FRACTIONS))
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--finetune", type=int, default=0, help="labelled images for one epoch after pruning")
     resnet(**vars(parser.parse_args(arguments)))
 
 

@@ -1,8 +1,7 @@
 """One-shot pruning of a small vision transformer on Fashion-MNIST: attention heads and MLP neurons.
 
 ``python -m espalier.experiments.ispasp_vit --out results.jsonl --cache dir``; ESPALIER_DATA names the
-folder that holds ``fashion-mnist/*.npy``. There is no checkpoint, so the transformer is trained first. No
-fine-tuning.
+folder that holds ``fashion-mnist/*.npy``. There is no checkpoint, so the transformer is trained first.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from espalier.experiments.ispasp import Results, accuracy, load_images, train
+from espalier.experiments.ispasp import Results, accuracy, finetuned, load_images, train
 from espalier.experiments.ispasp_resnet import FRACTIONS, ranked, uniform_sizes
 from espalier.select.allocate import mac_cost
 from espalier.select.layerwise import LayerResult, Pair, narrow, prune_layers
@@ -87,8 +86,17 @@ def scores(name: str, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> list
     return found
 
 
-def vit(out: Path, cache: Path, *, epochs: int = 6, images: int = 1000, seed: int = 0) -> None:
-    """Test accuracy of every method and budget, as pruned."""
+def vit(
+    out: Path,
+    cache: Path,
+    *,
+    epochs: int = 6,
+    images: int = 1000,
+    seed: int = 0,
+    methods: Sequence[str] | None = None,
+    finetune: int = 0,
+) -> None:
+    """Test accuracy of every method and budget, as pruned and, with `finetune` labelled images, after one epoch."""
     results = Results(out)
     x, y = load_images("fashion-mnist", "train")
     test_x, test_y = load_images("fashion-mnist", "test")
@@ -107,26 +115,30 @@ def vit(out: Path, cache: Path, *, epochs: int = 6, images: int = 1000, seed: in
     groups = [(n, (*p.producers, *p.consumers)) for n, p in zip(units, pairs, strict=True)]
     cost = mac_cost(model, groups, x[:1])
     full = cost(units)
-    if not results.done(method="dense"):
-        results.add(method="dense", macs=1.0, accuracy=accuracy(model, test_x, test_y), multiply_adds=full)
+    if not results.done(method="dense", seed=seed):
+        results.add(method="dense", macs=1.0, seed=seed, accuracy=accuracy(model, test_x, test_y), multiply_adds=full)
     pick = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:images]
     batches = list(x[pick].split(250))
     for fraction in FRACTIONS:
         uniform = uniform_sizes(units, cost, fraction * full)
-        for name, method in selections(model, batches, (x[pick], y[pick]), fraction, uniform, seed).items():
-            if results.done(method=name, macs=fraction, seed=seed):
+        found_by = selections(model, batches, (x[pick], y[pick]), fraction, uniform, seed)
+        for name, method in found_by.items():
+            if results.done(method=name, macs=fraction, seed=seed) or name not in (methods or found_by):
                 continue
             started = time.perf_counter()
             found = method()
             spent = time.perf_counter() - started
             sizes = [len(r.selection.support) for r in found]
+            small = narrow(model, found)
+            after = accuracy(finetuned(small, x, y, images=finetune, seed=seed), test_x, test_y) if finetune else None
             results.add(
                 method=name,
                 macs=fraction,
                 seed=seed,
                 reached=cost(sizes) / full,
                 sizes=sizes,
-                pruned=accuracy(narrow(model, found), test_x, test_y),
+                pruned=accuracy(small, test_x, test_y),
+                finetuned=after,
                 seconds=round(spent, 1),
             )
 
@@ -159,6 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True, help="where the trained transformer is kept")
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0, help="of the dense training and the calibration sample")
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--finetune", type=int, default=0, help="labelled images for one epoch after pruning")
     vit(**vars(parser.parse_args(arguments)))
 
 

@@ -19,7 +19,7 @@ from espalier.report.operators import (
     shape_text,
     user_line,
 )
-from espalier.space.summary import macs_per_node
+from espalier.space.cost import macs_per_node
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ BY_EXPERT = (aten._grouped_mm.default, "transformers.grouped_mm_fallback.default
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
-def _letters(node: fx.Node, ranks: Sequence[int]) -> tuple[list[str], str] | None:
+def letters(node: fx.Node, ranks: Sequence[int]) -> tuple[list[str], str] | None:
     """A letter per axis of each operand and of the result, equal where axes are one; None if it cannot be told."""
     if node.target is aten.einsum.default:
         equation = str(node.args[0]).replace(" ", "")
@@ -66,7 +66,7 @@ def _from_data(coupling: Coupling, node: fx.Node) -> bool:
 def product_axes(coupling: Coupling, node: fx.Node, inputs: list[Labels]) -> Labels | None:
     """Axes of one letter are one. Two activations contract over an axis that stays; their batch axes are heads."""
     sources = [n for n in tensors_of(node) if is_tensor(n)]
-    named = _letters(node, [len(labels) for labels in inputs])
+    named = letters(node, [len(labels) for labels in inputs])
     if named is None:
         return None
     terms, result = named
@@ -143,7 +143,7 @@ def _meet(coupling: Coupling, node: fx.Node, a: Any, b: Any) -> None:
 def product(build: Build, node: fx.Node, values: list[Value]) -> Value | None:
     """On the boxes, where what is gone of either factor is zero."""
     sources = [n for n in tensors_of(node) if is_tensor(n)]
-    named = _letters(node, [len(full_shape(n)) for n in sources])
+    named = letters(node, [len(full_shape(n)) for n in sources])
     if named is None or len(values) != len(sources) or any(isinstance(v, Constant) for v in values):
         return None
     terms, result = named

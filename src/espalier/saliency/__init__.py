@@ -16,12 +16,13 @@ from espalier.errors import TrainingError
 from espalier.saliency.balanced import balanced
 from espalier.saliency.bn_scale import bn_scale
 from espalier.saliency.cosine_magnitude import cosine_magnitude
+from espalier.saliency.group_norm import group_norm
 from espalier.saliency.magnitude import magnitude
 from espalier.saliency.naswot import naswot
 from espalier.saliency.ntk import ntk
 from espalier.saliency.random import random
 from espalier.saliency.relative import relative
-from espalier.saliency.state import Saliency, State
+from espalier.saliency.state import Saliency, State, average, worth
 from espalier.saliency.synflow import synflow
 from espalier.saliency.taylor import taylor
 from espalier.saliency.zen_score import zen_score
@@ -70,9 +71,11 @@ __all__ = [
     "SALIENCIES",
     "Saliency",
     "State",
+    "average",
     "balanced",
     "bn_scale",
     "cosine_magnitude",
+    "group_norm",
     "magnitude",
     "named",
     "naswot",
@@ -81,6 +84,7 @@ __all__ = [
     "relative",
     "synflow",
     "taylor",
+    "worth",
     "zen_score",
     "zico",
 ]

@@ -3,13 +3,14 @@
 import torch
 from torch import nn
 
-from espalier.saliency.state import State
+from espalier.saliency.state import State, average
 from espalier.saliency.sums import sums
 from espalier.space.search_space import SearchSpace
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
+@average
 def bn_scale(space: SearchSpace, state: State) -> torch.Tensor:
     """The mean ``|gamma|`` over the scales of a structure's norms (Liu et al., "Network slimming", 2017).
 

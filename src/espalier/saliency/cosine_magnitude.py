@@ -2,10 +2,11 @@
 
 import torch
 
-from espalier.saliency.state import State
+from espalier.saliency.state import State, average
 from espalier.space.search_space import SearchSpace
 
 
+@average
 def cosine_magnitude(space: SearchSpace, state: State) -> torch.Tensor:
     """``|x| / sqrt(n) - cos(-g, -x)`` per structure, each part divided by its norm over all structures.
 

@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from espalier.saliency.state import Saliency, State
+from espalier.saliency.state import Saliency, State, average
 from espalier.space.search_space import SearchSpace
 
 
@@ -17,6 +17,7 @@ def random(seed: int = 0) -> Saliency:
     same structure gets the same number in every step, whatever its place.
     """
 
+    @average
     def score(space: SearchSpace, state: State) -> torch.Tensor:
         digests = (hashlib.sha256(f"{seed}:{s.name}".encode()).digest() for s in space.structures)
         numbers = [int.from_bytes(d[:6], "big") / 2**48 for d in digests]

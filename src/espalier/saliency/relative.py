@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from espalier.saliency.magnitude import magnitude
-from espalier.saliency.state import Saliency, State
+from espalier.saliency.state import Saliency, State, average
 from espalier.space.search_space import SearchSpace
 
 
@@ -20,6 +20,7 @@ def relative(saliency: Saliency = magnitude) -> Saliency:
     mean over all of these.
     """
 
+    @average
     def score(space: SearchSpace, state: State) -> torch.Tensor:
         scores = saliency(space, state)
         counts = np.array([family.count for family in space.families])

@@ -26,3 +26,27 @@ class State:
 
 
 Saliency: TypeAlias = Callable[[SearchSpace, State], torch.Tensor]
+
+
+def average(saliency: Saliency) -> Saliency:
+    """Mark a saliency whose score is an average over a structure's parameters, or has no scale: it does not add up.
+
+    >>> @average
+    ... def largest_gradient(space, state):
+    ...     return state.grad_sq / state.size
+    >>> worth(largest_gradient, torch.tensor([1.0, 2.0]), torch.tensor([10.0, 3.0]))
+    tensor([10.,  6.])
+    """
+    saliency.average = True  # type: ignore[attr-defined]
+    return saliency
+
+
+def worth(saliency: Saliency, scores: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """What keeping each structure [structures] is worth, to be added up and held against what it costs.
+
+    A budget's knapsack weighs sums: an average over a structure's parameters counts once for each of them. Unmarked
+    scores (a change of the loss, a sum of squares) are worth themselves.
+    """
+    if not getattr(saliency, "average", False):
+        return scores
+    return (scores - scores.min().clamp_max(0.0)) * size.to(scores)

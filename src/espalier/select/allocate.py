@@ -18,6 +18,7 @@ def allocate(
     *,
     minimum: int = 1,
     multiple: int = 1,
+    allowed: Sequence[Sequence[int]] | None = None,
 ) -> list[int]:
     """How many units each layer keeps so that the summed error is small and `cost(sizes)` is at most
     `budget`.
@@ -28,7 +29,8 @@ def allocate(
 
     `errors[l][s]` is the error of layer l at size s, from 0 to all its units (inf where unknown), in units
     that can be added up over layers. `cost` is in any unit; it must not decrease in any size, and need not
-    be linear. Every layer keeps at least `minimum`, and a multiple of `multiple` or everything.
+    be linear. Every layer keeps at least `minimum`, and a multiple of `multiple` or everything; or one of its `allowed`
+    sizes, ascending.
 
     From the full sizes, the layer whose next step down its curve's lower convex hull costs the least error
     per unit of cost freed gives way, until the budget holds; what the last step freed too much is then
@@ -37,12 +39,13 @@ def allocate(
     Raises ValueError where even the smallest sizes cost more than `budget`, naming what they cost.
     """
     curves = [curve.detach().double().tolist() for curve in errors]
-    allowed = [_allowed(curve, minimum, multiple) for curve in curves]
+    if allowed is None:
+        allowed = [_allowed(curve, minimum, multiple) for curve in curves]
     smallest, sizes = [sizes[0] for sizes in allowed], [sizes[-1] for sizes in allowed]
     if cost(smallest) > budget:
         raise ValueError(
             f"the budget {budget:g} cannot be met by these layers: the least they can cost is "
-            f"{cost(smallest):g} (at least {minimum} unit each); raise the budget or include more layers"
+            f"{cost(smallest):g} ({', '.join(map(str, smallest))} units); raise the budget or include more layers"
         )
     hulls = [_hull(steps, curve) for steps, curve in zip(allowed, curves, strict=True)]
     now = cost(sizes)

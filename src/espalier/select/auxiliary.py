@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from espalier.select.refit import RIDGE, Reconstruction, Selection, unit_power, with_weights
+from espalier.select.refit import RIDGE, Reconstruction, Selection, solve_on, unit_power, with_weights
 
 Solver = Literal["gradient", "pcg", "exact"]
 
@@ -122,12 +122,7 @@ def descend(objective: Objective, weights: Tensor, kept: Tensor, steps: int, opt
     if options.solver == "exact":
         if not isinstance(objective, Reconstruction):
             raise ValueError("the exact solver needs second moments: build a reconstruction, or use solver='pcg'")
-        system = objective.gram[index[:, None], index]
-        factor, failed = torch.linalg.cholesky_ex(system)
-        if int(failed):
-            found = right @ torch.linalg.pinv(system, hermitian=True)
-        else:
-            found = torch.cholesky_solve(right.T, factor).T
+        found = solve_on(objective, index)
     elif options.solver == "pcg":
         found = _conjugate_gradients(product, found, right, objective.diagonal()[index], options.steps)
     elif steps > 0:

@@ -3,13 +3,13 @@ inverse."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from espalier.select.omp import block_gain, diagonal_blocks
-from espalier.select.refit import Path, Reconstruction, Selection, refit
-
-_PENDING = 64  # columns of delayed rank updates before one matrix product applies them
+from espalier.select.refit import Path, Reconstruction, Selection, refit, solve_on
+from espalier.select.sweep import Sweep
 
 
 def backward(problem: Reconstruction, size: int) -> Selection:
@@ -47,15 +47,20 @@ def backward_path(problem: Reconstruction, smallest: int = 0) -> Path:
             "the second moment is singular (fewer samples than columns, or dead or duplicate units) and the "
             "ridge is zero: backward elimination needs its inverse; use ridge=1e-6, or omp, which does not"
         )
-    state = _State(problem, torch.cholesky_inverse(factor))
+    inverse = torch.cholesky_inverse(factor)
     del factor
-    removed: list[int] = []
+    weights = problem.weight if problem.offset is None else problem.weight + problem.offset @ inverse
+    full = problem.objective(weights) if problem.offset is not None else 0.0
+    sweep = Sweep(inverse, weights, problem.block, _weights_without(problem), own=True)
+    del inverse, weights
     costs: list[float] = []
-    full = problem.objective(state.weights) if problem.offset is not None else 0.0
     for _ in range(problem.units - smallest):
-        unit, cost = state.remove()
-        removed.append(unit)
-        costs.append(cost)
+        cost, least = _cheapest(sweep)
+        if sweep.lost(least):
+            cost, least = _cheapest(sweep)
+        costs.append(max(float(cost[least]), 0.0))
+        sweep.take(least)
+    removed = sweep.taken
     kept = sorted(set(range(problem.units)) - set(removed))
     order = torch.tensor(kept + removed[::-1], device=problem.gram.device)
     errors = torch.full((problem.units + 1,), torch.inf, dtype=problem.gram.dtype, device=problem.gram.device)
@@ -65,55 +70,18 @@ def backward_path(problem: Reconstruction, smallest: int = 0) -> Path:
     return Path(order, errors)
 
 
-class _State:
-    """Inverse and weights of the units still present; positions shrink as units go, `names` says which they
-    are."""
+def _cheapest(sweep: Sweep) -> tuple[Tensor, int]:
+    cost = sweep.gain()
+    return cost, int(torch.where(sweep.present, cost, torch.inf).argmin())
 
-    def __init__(self, problem: Reconstruction, inverse: Tensor) -> None:
-        self.block = problem.block
-        self.inverse = inverse
-        self.weights = problem.weight.clone()
-        if problem.offset is not None:
-            self.weights += problem.offset @ inverse
-        self.diagonal = diagonal_blocks(inverse, problem.block)
-        self.names = torch.arange(problem.units, device=inverse.device)
-        self.present = torch.ones(problem.units, dtype=torch.bool, device=inverse.device)
-        self.pending = inverse.new_empty(inverse.shape[0], max(_PENDING, problem.block))
-        self.used = 0
 
-    def remove(self) -> tuple[int, float]:
-        block = self.block
-        cost = block_gain(self.weights, self.diagonal, 0.0)
-        where = int(torch.where(self.present, cost, torch.inf).argmin())
-        name, lost = int(self.names[where]), max(float(cost[where]), 0.0)
-        columns = slice(where * block, (where + 1) * block)
-        done = self.pending[:, : self.used]
-        now = self.inverse[:, columns] - done @ done[columns].T
-        factor = torch.linalg.cholesky(self.diagonal[where])
-        update = torch.linalg.solve_triangular(factor, now.T, upper=False)  # [block, d]
-        ahead = torch.linalg.solve_triangular(factor, self.weights[:, columns].T, upper=False)
-        self.weights.addmm_(ahead.T, update, alpha=-1)
-        split = update.view(block, -1, block).transpose(0, 1)
-        self.diagonal -= split.transpose(1, 2) @ split
-        self.diagonal[where] = torch.eye(block, dtype=self.diagonal.dtype, device=self.diagonal.device)
-        self.present[where] = False
-        self.pending[:, self.used : self.used + block] = update.T
-        self.used += block
-        if self.used + block > self.pending.shape[1]:
-            self._flush()
-        return name, lost
+def _weights_without(problem: Reconstruction) -> Callable[[Tensor], Tensor]:
+    def solve(removed: Tensor) -> Tensor:
+        kept = torch.ones(problem.units, dtype=torch.bool, device=removed.device)
+        kept[removed] = False
+        index = problem.column_index(kept.nonzero().flatten())
+        full = torch.zeros_like(problem.weight)
+        full[:, index] = solve_on(problem, index)
+        return full
 
-    def _flush(self) -> None:
-        done = self.pending[:, : self.used]
-        self.inverse.addmm_(done, done.T, alpha=-1)
-        self.used = 0
-        left = int(self.present.sum())
-        if left and left < 0.8 * len(self.names):
-            units = self.present.nonzero().flatten()
-            offsets = torch.arange(self.block, device=units.device)
-            index = (units[:, None] * self.block + offsets).flatten()
-            self.inverse = self.inverse[index[:, None], index]
-            self.weights = self.weights[:, index].contiguous()
-            self.diagonal = self.diagonal[units]
-            self.names, self.present = self.names[units], self.present[units]
-            self.pending = self.pending.new_empty(len(index), self.pending.shape[1])
+    return solve

@@ -19,13 +19,14 @@ from torch import Tensor
 from espalier.curvature.gradients import GradientOptions, gradients
 from espalier.curvature.layout import WeightLayout, convolution_and_linear
 from espalier.curvature.per_layer import Loss
-from espalier.errors import SpaceError
+from espalier.errors import BudgetError, SpaceError
 from espalier.select.dual import DualState
 from espalier.select.multistage import draw, inputs_of
 from espalier.select.problem import Problem
 from espalier.select.recalibrate import recalibrate
 from espalier.select.structured import StructuredOptions, eliminate, exchange_alike, members_of
-from espalier.space.budget import Budget, meet
+from espalier.space.budget import Budget
+from espalier.space.chains import meet
 from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
 from espalier.space.structure import Slices
@@ -76,6 +77,8 @@ def prune_structures(
     feeds a convolution or linear weight, ValueError as `gradients` does.
     """
     options = options or FamilyOptions()
+    if not set(budget.given) <= {"structures", "params", "macs"}:
+        raise BudgetError(f"structured CHITA holds bounds on structures, params and macs, not {budget}.")
     model = copy.deepcopy(space.model)
     modes = {name: module.training for name, module in model.named_modules()}
     samples: Any = list(data) if hasattr(data, "__next__") else data
@@ -90,7 +93,8 @@ def prune_structures(
     members = members_of(plan.group, len(plan.names))
     state = DualState.of(problem, torch.ones(problem.p, dtype=torch.bool))
     state.solve()
-    share = min(f for f in (budget.structures, budget.params, budget.macs) if f is not None)
+    full = {"structures": len(space), **vars(space.reachable_cost(()))}
+    share = min(bound / full[kind] for kind, bound in budget.bounds(full).items())
     fixed = float(costs.sum()) * share * options.depth
     order = eliminate(state, members, costs, fixed, options.search, plan.family)
     rest = [g for g in range(len(plan.names)) if g not in set(order)]
@@ -112,7 +116,7 @@ def prune_structures(
     for name, module in model.named_modules():
         module.training = modes[name]
     again = space.of(model)
-    provenance = {"method": "structured-chita", "budget": vars(budget), "objective": value}
+    provenance = {"method": "structured-chita", "budget": budget.given, "objective": value}
     return again, again.solution(removed, provenance | {"n": options.n, "batch": options.batch, "ridge": options.ridge})
 
 
@@ -134,10 +138,8 @@ class Plan:
             name = self.names[int((self.family == k).nonzero()[0])]
             saved = full - space.reachable_cost([name])
             amounts = {"structures": 1.0, "params": saved.params, "macs": saved.macs}
-            wanted = [
-                float(amounts[kind]) for kind, bound in vars(budget).items() if bound is not None and kind in amounts
-            ]
-            out += [max(wanted[0], 1e-3)] * int((self.family == k).sum())
+            wanted = next(float(amounts[kind]) for kind in budget.given)
+            out += [max(wanted, 1e-3)] * int((self.family == k).sum())
         return torch.tensor(out, dtype=torch.float64)
 
     @staticmethod

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from espalier.select.omp import diagonal_blocks
 from espalier.select.refit import Reconstruction, Selection, refit, with_weights
+from espalier.select.sweep import diagonal_blocks
 
 
 def gfs(

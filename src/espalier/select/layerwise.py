@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.curvature.moments import Moments, call, collect, collect_paired, evaluating, input_columns
+from espalier.curvature.watch import Watch, unwatched
 from espalier.select.allocate import allocate, mac_cost
 from espalier.select.auxiliary import AuxiliaryOptions, auxiliary, auxiliary_layers
 from espalier.select.backward import backward, backward_path
@@ -27,6 +28,9 @@ SELECTORS: dict[str, Selector] = {
     "ispasp": ispasp,
     "ispasp-refit": lambda problem, size: ispasp(problem, size, importance="norm", refitted=True),
     "auxiliary": auxiliary,
+    "auxiliary-pcg": lambda problem, size: auxiliary(problem, size, AuxiliaryOptions(solver="pcg")),
+    "auxiliary-exact": lambda problem, size: auxiliary(problem, size, AuxiliaryOptions(solver="exact")),
+    "auxiliary-together": auxiliary,  # of one layer; of several, see prune_together
     "gfs": gfs,
 }
 PATHS: dict[str, Callable[[Reconstruction], Path]] = {"omp": omp_path, "backward": backward_path}
@@ -89,6 +93,7 @@ def prune_layers(
     ridge: float = RIDGE,
     multiple: int = 1,
     moments: Mapping[str, Moments] | None = None,
+    watch: Watch = unwatched,
 ) -> list[LayerResult]:
     """Choose and refit the units of every pair, from unlabelled calibration batches.
 
@@ -102,8 +107,8 @@ def prune_layers(
     that can be iterated again and gives the same samples, such as a list or a DataLoader). Either `sizes`
     (units kept per pair) or `macs`: the fraction of the model's multiply-adds (of its Linear and Conv2d
     layers) to keep, divided among the pairs by marginal relative error. `moments` are those of the consumers'
-    dense inputs on the same data, where they are already known. The model is not changed. Raises ValueError
-    for wrong pairs, sizes or data.
+    dense inputs on the same data, where they are already known. `watch` shows progress over the passes. The model is
+    not changed. Raises ValueError for wrong pairs, sizes or data.
     """
     if (sizes is None) == (macs is None):
         raise ValueError("give either sizes (units to keep per pair) or macs (a fraction of the model's to keep)")
@@ -115,27 +120,31 @@ def prune_layers(
         raise ValueError("the calibration loader is empty: at least one batch is needed")
     check_pairs(model, pairs, first)
     if moments is None:
-        moments = collect(model, [pair.consumers[0] for pair in pairs], batches)
+        moments = collect(model, [pair.consumers[0] for pair in pairs], batches, watch=watch)
     problems = [problem_of(model, pair, moments[pair.consumers[0]], ridge) for pair in pairs]
     if sizes is None:
         path = PATHS[method] if isinstance(method, str) and method in PATHS else omp_path
-        curves = [path(problem).errors / max(problem.energy, 1e-300) for problem in problems]
+        curves = [relative_errors(problem, path) for problem in watch(problems, "errors of all sizes")]
         groups = [(pair.count(model), (*pair.producers, *pair.consumers, *pair.via)) for pair in pairs]
         cost = mac_cost(model, groups, first)
         full = cost([units for units, _ in groups])
         sizes = allocate(curves, cost, float(macs or 0.0) * full, multiple=multiple)
     if len(sizes) != len(pairs):
         raise ValueError(f"{len(pairs)} pairs but {len(sizes)} sizes")
+    if method == "auxiliary-together":
+        return prune_together(model, pairs, batches, sizes, ridge=ridge, watch=watch)
     select = SELECTORS[method] if isinstance(method, str) else method
     if not sequential:
-        return [_result(model, *item, select) for item in zip(pairs, problems, sizes, strict=True)]
+        items = zip(pairs, problems, sizes, strict=True)
+        return [_result(model, *item, select) for item in watch(list(items), "choosing units")]
     student, results = copy.deepcopy(model), []
     for index, (pair, size) in enumerate(zip(pairs, sizes, strict=True)):
         problem = problems[index]
         if index:  # the first pair's inputs are still the dense ones
-            paired = collect_paired(model, student, [pair.consumers[0]], batches, known=moments)
+            paired = collect_paired(model, student, [pair.consumers[0]], batches, known=moments, watch=watch)
             problem = problem_of(model, pair, paired[pair.consumers[0]], ridge)
-        results.append(_result(model, pair, problem, size, select))
+        for _ in watch((pair,), f"choosing {size} of {problem.units} units for {pair.consumers[0]}"):
+            results.append(_result(model, pair, problem, size, select))
         write_back(student, results[-1])
     return results
 
@@ -148,6 +157,7 @@ def prune_together(
     options: AuxiliaryOptions | None = None,
     *,
     ridge: float = RIDGE,
+    watch: Watch = unwatched,
 ) -> list[LayerResult]:
     """The five-step variant on all pairs at once, each iteration on the network as pruned so far.
 
@@ -158,12 +168,12 @@ def prune_together(
 
     def problems(weights: Sequence[Tensor] | None) -> list[Reconstruction]:
         if weights is None:
-            found = collect(model, names, data)
+            found = collect(model, names, data, watch=watch)
         else:
             student = copy.deepcopy(model)
             for pair, scale, weight in zip(pairs, scales, weights, strict=True):
                 _store(student, pair, weight / scale[:, None], None)
-            found = collect_paired(model, student, names, data)
+            found = collect_paired(model, student, names, data, watch=watch)
         return [problem_of(model, pair, found[name], ridge) for pair, name in zip(pairs, names, strict=True)]
 
     selections = auxiliary_layers(problems, sizes, options)
@@ -262,6 +272,11 @@ def narrow(model: nn.Module, results: Sequence[LayerResult]) -> nn.Module:
 def _result(model: nn.Module, pair: Pair, problem: Reconstruction, size: int, select: Selector) -> LayerResult:
     selection = _unscaled(select(problem, size), _scale(model, pair))
     return LayerResult(pair, problem.units, problem.block, selection)
+
+
+def relative_errors(problem: Reconstruction, path: Callable[[Reconstruction], Path] = omp_path) -> Tensor:
+    """The errors of a path [units + 1] as shares of the layer's output energy, which can be added up over layers."""
+    return path(problem).errors / max(problem.energy, 1e-300)
 
 
 def problem_of(model: nn.Module, pair: Pair, moments: Any, ridge: float) -> Reconstruction:

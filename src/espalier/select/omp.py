@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from espalier.select.refit import Path, Reconstruction, Selection, refit, unit_power
+from espalier.select.refit import Path, Reconstruction, Selection, inner, refit, residual_of, solve_on
+from espalier.select.sweep import Sweep, diagonal_blocks
 
 
 def omp(
@@ -42,70 +43,46 @@ def omp_path(
     "correlation" is classical matching pursuit, which ignores how much of the unit earlier ones already
     explain.
 
-    With K_SS = L Lᵀ, V = L⁻¹ K_{S,:} and Z = L⁻¹ C_Sᵀ, the residual correlation is R = C − ZᵀV and the
-    unexplained part of unit j is D_j = K_jj − V_jᵀV_j; adding j lowers the error by tr(R_j D_j⁻¹ R_jᵀ). One
-    step appends a block row to L, V and Z. Cost O(s·b·d·(s·b + d_out)), memory O(s·b·d).
+    With the columns of S swept out, the residual correlation is R = C − C_S K_SS⁻¹ K_S and the unexplained part of
+    unit j is D_j = [K − K_:S K_SS⁻¹ K_S]_jj; adding j lowers the error by tr(R_j D_j⁻¹ R_jᵀ). Both are kept up to
+    date by :class:`espalier.select.sweep.Sweep`. Cost O(s·b·d²) as matrix products and O(d²·d_out) once, memory O(d²).
     """
     size = problem.check_size(problem.units if size is None else size)
     if criterion not in ("gain", "correlation"):
         raise ValueError(f"criterion must be 'gain' or 'correlation', not {criterion!r}")
-    block, units, gram = problem.block, problem.units, problem.gram
-    residual = problem.cross.clone()
-    schur = diagonal_blocks(gram, block)
-    power = schur.diagonal(dim1=1, dim2=2).sum(1)
-    floor = 1e-14 * float(power.mean()) / block
-    rows = gram.new_empty(size * block, problem.columns)
-    free = torch.ones(units, dtype=torch.bool, device=gram.device)
-    order: list[int] = []
+    dense = diagonal_blocks(problem.gram, problem.block).diagonal(dim1=1, dim2=2).sum(1)
+    floor = 1e-14 * float(dense.mean()) / problem.block
+    sweep = Sweep(problem.gram, problem.cross, problem.block, residual_of(problem), floor=floor)
     gains: list[float] = []
-    for step in range(size):
-        gain = block_gain(residual, schur, floor)
-        score = gain if criterion == "gain" else unit_power(residual, block) / power.clamp_min(floor)
-        best = int(torch.where(free, score, -torch.inf).argmax())
-        columns = slice(best * block, (best + 1) * block)
-        done = rows[: step * block]
-        pivot = schur[best].clone()
-        pivot.diagonal().clamp_min_(floor)
-        factor = torch.linalg.cholesky(pivot)
-        row = torch.linalg.solve_triangular(factor, gram[columns] - done[:, columns].T @ done, upper=False)
-        target = torch.linalg.solve_triangular(factor, residual[:, columns].T, upper=False)
+    for _ in range(size):
+        gain, best = _best(sweep, dense, floor, criterion)
+        if sweep.lost(best):
+            gain, best = _best(sweep, dense, floor, criterion)
         gains.append(max(float(gain[best]), 0.0))
-        rows[step * block : (step + 1) * block] = row
-        residual.addmm_(target.T, row, alpha=-1)
-        split = row.view(block, units, block).transpose(0, 1)
-        schur -= split.transpose(1, 2) @ split
-        order.append(best)
-        free[best] = False
-        schur[best] = torch.eye(block, dtype=gram.dtype, device=gram.device)
-    chosen = torch.tensor(order, device=gram.device)
-    last = refit(problem, chosen)
-    end = problem.objective(_scatter(problem, last))
+        sweep.take(best)
+    chosen = torch.tensor(sweep.taken, device=problem.gram.device)
+    end = _end(problem, chosen)
     # summed from the end: small errors keep their digits
-    drops = gram.new_tensor(gains).flip(0).cumsum(0).flip(0)
+    drops = problem.gram.new_tensor(gains).flip(0).cumsum(0).flip(0)
     return Path(chosen, torch.cat([drops + end, drops.new_tensor([end])]))
 
 
-def diagonal_blocks(matrix: Tensor, block: int) -> Tensor:
-    """A copy of the diagonal blocks [n / block, block, block] of a square matrix [n, n]."""
-    units = matrix.shape[0] // block
-    return matrix.reshape(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+def _best(sweep: Sweep, dense: Tensor, floor: float, criterion: str) -> tuple[Tensor, int]:
+    gain = sweep.gain()
+    score = gain if criterion == "gain" else sweep.power() / dense[sweep.names].clamp_min(floor)
+    return gain, int(torch.where(sweep.present, score, -torch.inf).argmax())
 
 
-def block_gain(cross: Tensor, schur: Tensor, floor: float) -> Tensor:
-    """``tr(R_j D_j⁻¹ R_jᵀ)`` for every unit j, with R [d_out, units·b] and D [units, b, b]."""
-    units, block, _ = schur.shape
-    if block == 1:
-        return torch.linalg.vector_norm(cross, dim=0).square() / schur.flatten().clamp_min(floor)
-    jitter = floor * torch.eye(block, dtype=schur.dtype, device=schur.device)
-    factor, failed = torch.linalg.cholesky_ex(schur + jitter)
-    per_unit = cross.T.reshape(units, block, -1)
-    gain = torch.linalg.solve_triangular(factor, per_unit, upper=False).square().sum((1, 2))
-    if bool(failed.any()):  # a unit that earlier ones explain to rounding: nothing to gain
-        gain = torch.where(failed == 0, gain, 0.0)
-    return gain
-
-
-def _scatter(problem: Reconstruction, selection: Selection) -> Tensor:
+def _end(problem: Reconstruction, support: Tensor) -> float:
+    """The objective of the refit on the support: ``f(0) − tr(C_S K_SS⁻¹ C_Sᵀ)``, or in full where that would cancel."""
+    index = problem.column_index(support)
+    start = problem.objective_of_nothing()
+    factor, failed = torch.linalg.cholesky_ex(problem.gram[index[:, None], index])
+    if not int(failed):
+        half = torch.linalg.solve_triangular(factor, problem.cross[:, index].T, upper=False)
+        end = start - inner(half, half)
+        if end > 1e-6 * start:
+            return end
     full = torch.zeros_like(problem.weight)
-    full[:, problem.column_index(selection.support)] = selection.weights
-    return full
+    full[:, index] = solve_on(problem, index)
+    return problem.objective(full)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +24,8 @@ RIDGE = 1e-6
 class Reconstruction:
     """One layer's reconstruction problem, held as second moments; build it with `reconstruction`.
 
-    Fields: `weight` [d_out, d]; `gram` [d, d] is ``K + ρI``; `offset` [d_out, d] is ``C − W1 K`` (None
+    Fields: `weight` [d_out, d]; `gram` [d, d] is ``K + ρI``; `cross` [d_out, d] is ``C + ρ W1``, the right-hand side
+    of the normal equations ``W (K + ρI) = C + ρ W1``; `offset` [d_out, d] is ``C − W1 K`` (None
     where the inputs are the dense ones, when it is zero); `floor` is the error of keeping all dense
     weights; `energy` is ``tr UUᵀ``; `ridge` is ρ; `block` columns make one unit; `mean` [d] and
     `target_mean` [d_out] are the averages of ``Ht`` and ``U``; `centred` says whether the moments are
@@ -37,6 +37,7 @@ class Reconstruction:
 
     weight: Tensor
     gram: Tensor
+    cross: Tensor
     offset: Tensor | None
     floor: float
     energy: float
@@ -57,24 +58,15 @@ class Reconstruction:
         return self.columns // self.block
 
     @property
-    def cross(self) -> Tensor:
-        """``C + ρ W1`` [d_out, d]: the right-hand side of the normal equations ``W (K + ρI) = C + ρ W1``."""
-        return self._cross
-
-    @cached_property
-    def _cross(self) -> Tensor:
-        dense = self.weight @ self.gram
-        return dense if self.offset is None else dense + self.offset
-
-    @property
     def dead(self) -> Tensor:
         """Indices of units whose activations are zero on all calibration data; selectors take them last."""
         power = (self.gram.diagonal() - self.ridge).view(self.units, self.block).sum(1)
         return (power <= 1e-12 * self.gram.diagonal().mean()).nonzero().flatten()
 
     def product(self, weights: Tensor) -> Tensor:
-        """``W (K + ρI)`` for W [d_out, d]."""
-        return weights @ self.gram
+        """``W (K + ρI)`` for W [d_out, d]; columns of W that are zero cost nothing."""
+        used = weights.any(0).nonzero().flatten()
+        return weights[:, used] @ self.gram[used] if 2 * len(used) <= self.columns else weights @ self.gram
 
     def restricted(self, index: Tensor) -> Callable[[Tensor], Tensor]:
         """The product with the columns [n] of `index` only: maps [d_out, n] to [d_out, n]."""
@@ -88,15 +80,22 @@ class Reconstruction:
     def objective(self, weights: Tensor) -> float:
         """``‖W Ht − U‖² + ρ‖W − W1‖²`` for W [d_out, d]."""
         change = weights - self.weight
-        value = self.floor + float(((change @ self.gram) * change).sum())
+        value = self.floor + inner(change @ self.gram, change)
         if self.offset is not None:
-            value -= 2.0 * float((change * self.offset).sum())
+            value -= 2.0 * inner(change, self.offset)
         return max(value, 0.0)
+
+    def objective_of_nothing(self) -> float:
+        """``‖U‖² + ρ‖W1‖²``, the objective of W = 0."""
+        value = self.floor + inner(self.weight, self.cross)
+        if self.offset is not None:
+            value += inner(self.weight, self.offset)
+        return value
 
     def error(self, weights: Tensor) -> float:
         """``‖W Ht − U‖²`` (centred, if the moments are) for W [d_out, d]; no ridge term."""
         change = weights - self.weight
-        return max(self.objective(weights) - self.ridge * float((change * change).sum()), 0.0)
+        return max(self.objective(weights) - self.ridge * inner(change, change), 0.0)
 
     def column_index(self, support: Tensor) -> Tensor:
         """The columns [s·block] of the units in `support` [s]."""
@@ -200,7 +199,7 @@ def reconstruction(
         if cross.shape != (d_out, d):
             raise ValueError(f"the cross moment must be [{d_out}, {d}], not {list(cross.shape)}")
     for name, value in (("weight", weight), ("second moment", moment), ("cross moment", cross)):
-        if value is not None and not bool(torch.isfinite(value).all()):
+        if value is not None and not bool(torch.isfinite(value.sum())):
             raise ValueError(f"the {name} holds NaN or infinity: check the activations it was computed from")
     if mean is not None:
         mean = mean.detach().double()
@@ -210,7 +209,7 @@ def reconstruction(
     if centred:
         if mean is None or dense_mean is None or count < 1:
             raise ValueError("centring needs the mean activation and the number of samples")
-        moment = moment - count * torch.outer(mean, mean)
+        moment = torch.addr(moment, mean, mean, alpha=-count)
         if cross is not None and energy is not None:
             cross = cross - count * torch.outer(dense_mean, mean)
             energy = energy - count * float(dense_mean @ dense_mean)
@@ -218,15 +217,18 @@ def reconstruction(
     if not trace > 0:
         raise ValueError("every activation is zero (or constant) on the calibration data: nothing can be selected")
     rho = ridge * trace / d
+    product = weight @ moment
     if cross is None:
-        offset, floor, energy = None, 0.0, float(((weight @ moment) * weight).sum())
+        offset, floor, energy = None, 0.0, inner(product, weight)
+        cross = product.add_(weight, alpha=rho)
     else:
-        product = weight @ moment
         offset = cross - product
-        floor = max(float(energy or 0.0) - 2 * float((weight * cross).sum()) + float((weight * product).sum()), 0.0)
-    gram = moment.clone()
+        floor = max(float(energy or 0.0) - 2 * inner(weight, cross) + inner(weight, product), 0.0)
+        cross = cross.add(weight, alpha=rho)
+    gram = moment if centred else moment.clone()
     gram.diagonal().add_(rho)
-    return Reconstruction(weight, gram, offset, floor, float(energy or 0.0), rho, block, mean, dense_mean, centred)
+    energy = float(energy or 0.0)
+    return Reconstruction(weight, gram, cross, offset, floor, energy, rho, block, mean, dense_mean, centred)
 
 
 def from_moments(
@@ -245,6 +247,13 @@ def from_moments(
     name = moments.name or "the layer"
     if moments.count == 0:
         raise ValueError(f"no calibration sample reached {name}: the loader is empty")
+    mean = moments.sums / moments.count
+    spread = moments.gram.diagonal() - (moments.count * mean.square() if centred else 0.0)
+    if not float(spread.sum()) > 1e-14 * float(moments.gram.diagonal().sum()):
+        raise ValueError(
+            f"the input of {name} is constant on the calibration data: nothing can be selected; use more varied data, "
+            f"or leave the layer out (keep= of the search space)"
+        )
     if moments.count < len(moments.sums):
         warnings.warn(
             f"{name}: {moments.count} samples for {len(moments.sums)} columns; the second moment is singular "
@@ -265,7 +274,7 @@ def from_moments(
         energy=energy,
         block=block,
         ridge=ridge,
-        mean=moments.sums / moments.count,
+        mean=mean,
         target_mean=target,
         count=moments.count,
         centred=centred,
@@ -285,17 +294,38 @@ def refit(problem: Reconstruction, support: Tensor) -> Selection:
     """
     support = support.sort().values
     problem.check_size(len(support))
-    index = problem.column_index(support)
-    system = problem.gram[index[:, None], index]
-    right = problem.weight @ problem.gram[:, index]
-    if problem.offset is not None:
-        right = right + problem.offset[:, index]
+    return with_weights(problem, support, solve_on(problem, problem.column_index(support)))
+
+
+def solve_on(problem: Reconstruction, index: Tensor) -> Tensor:
+    """The least-squares weights [d_out, n] on the columns `index` [n], in that order.
+
+    >>> H = torch.rand(8, 100, dtype=torch.float64)
+    >>> problem = reconstruction(torch.randn(3, 8, dtype=torch.float64), H @ H.T)
+    >>> torch.allclose(solve_on(problem, torch.arange(8)), problem.weight)
+    True
+    """
+    system, right = problem.gram[index[:, None], index], problem.cross[:, index]
     factor, failed = torch.linalg.cholesky_ex(system)
     if int(failed):
-        weights = right @ torch.linalg.pinv(system, hermitian=True)
-    else:
-        weights = torch.cholesky_solve(right.T, factor).T
-    return with_weights(problem, support, weights)
+        return right @ torch.linalg.pinv(system, hermitian=True)
+    return torch.cholesky_solve(right.T, factor).T
+
+
+def residual_of(problem: Reconstruction) -> Callable[[Tensor], Tensor]:
+    """What the refit on given units leaves of the right-hand side: support [s] → ``C̃ − W_S K̃_S`` [d_out, d].
+
+    >>> H = torch.rand(8, 100, dtype=torch.float64)
+    >>> problem = reconstruction(torch.randn(3, 8, dtype=torch.float64), H @ H.T)
+    >>> float(residual_of(problem)(torch.arange(8)).abs().max()) < 1e-9
+    True
+    """
+
+    def residual(support: Tensor) -> Tensor:
+        index = problem.column_index(support)
+        return problem.cross - solve_on(problem, index) @ problem.gram[index]
+
+    return residual
 
 
 def with_weights(problem: Reconstruction, support: Tensor, weights: Tensor) -> Selection:
@@ -315,6 +345,15 @@ def keep_dense(problem: Reconstruction, support: Tensor) -> Selection:
     support = support.sort().values
     problem.check_size(len(support))
     return with_weights(problem, support, problem.weight[:, problem.column_index(support)].clone())
+
+
+def inner(one: Tensor, two: Tensor) -> float:
+    """``Σ one ∘ two`` of two tensors of one shape, without a temporary of that shape.
+
+    >>> inner(torch.ones(2, 3), torch.full((2, 3), 2.0))
+    12.0
+    """
+    return float(torch.dot(one.reshape(-1), two.reshape(-1)))
 
 
 def unit_power(matrix: Tensor, block: int) -> Tensor:

@@ -1,157 +1,138 @@
 """What may stay."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 from espalier.errors import BudgetError
 
-if TYPE_CHECKING:
-    from espalier.space.search_space import SearchSpace
+Bound: TypeAlias = float | str
+Share: TypeAlias = float | Mapping[str, float]
+BOUNDS = ("structures", "params", "macs", "latency", "weights")
+
+_SCALE = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
+_NUMBER = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zA-Zµ]*)\s*")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds on what stays, as fractions of the full network; several hold together.
-
-    ``structures`` bounds the number of removable structures, ``params`` the parameters and ``macs`` the
-    multiply-accumulates of the constructed sub-network.
+    """Upper bounds on what stays; several hold together.
 
     >>> Budget(structures=0.5, params=0.6)
-    Budget(structures=0.5, params=0.6, macs=None)
+    Budget(structures=0.5, params=0.6)
+    >>> Budget(macs="2G", latency="5ms", round_to=8)
+    Budget(macs='2G', latency='5ms', round_to=8)
+
+    ``structures`` bounds the number of removable structures, ``params`` the parameters, ``macs`` the
+    multiply-accumulates per example and ``latency`` the time of one forward pass, measured on the device that the
+    model lies on. ``weights`` bounds the single weights that are not zero, for methods that prune weights.
+    A number up to 1 is a fraction of the full network, a larger one an amount; amounts may be written with a unit
+    ("3.5M", "2G"), and latencies in absolute terms must be ("5ms", "800us").
+
+    ``round_to``: the width of what is narrowed is a multiple of it, or as it was. ``min_keep`` and ``max_keep`` bound
+    what a family (the filters of one layer, say) keeps, as a fraction or a number of its structures, either for
+    all or by the families' names: ``{"layer4.*": 0.25}``. By default a family keeps a tenth, or where the budget
+    cannot be met so, one structure.
+
+    Raises :class:`BudgetError` for an empty budget, and for values that are no fraction or amount.
     """
 
-    structures: float | None = None
-    params: float | None = None
-    macs: float | None = None
+    structures: Bound | None = None
+    params: Bound | None = None
+    macs: Bound | None = None
+    latency: Bound | None = None
+    weights: Bound | None = None
+    round_to: int = 1
+    min_keep: Share | None = None
+    max_keep: Share = 1.0
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in ("structures", "params", "macs")}
-        if all(value is None for value in given.values()):
-            raise BudgetError("an empty budget: give structures=, params= or macs=, the fraction that may stay.")
-        for name, value in given.items():
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise BudgetError(f"{name}={value}: the fraction that may stay lies between 0 and 1.")
+        if not self.given:
+            names = "=, ".join(BOUNDS[:-1])
+            raise BudgetError(f"an empty budget: give {names}= or {BOUNDS[-1]}=, the fraction or amount that may stay.")
+        for name, value in self.given.items():
+            _amount(name, value, 1.0)
+        if self.round_to < 1:
+            raise BudgetError(f"round_to={self.round_to}: at least 1.")
+        for name in ("min_keep", "max_keep"):
+            wish = getattr(self, name)
+            for value in wish.values() if isinstance(wish, Mapping) else (wish,):
+                if value is not None and not value >= 0.0:
+                    raise BudgetError(f"{name}={value}: a fraction between 0 and 1, or a number of structures.")
+
+    def __repr__(self) -> str:
+        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        said = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value in said.items())})"
+
+    @property
+    def given(self) -> dict[str, Bound]:
+        """The bounds that are set, by name."""
+        return {name: value for name in BOUNDS if (value := getattr(self, name)) is not None}
+
+    def bounds(self, full: Mapping[str, float]) -> dict[str, float]:
+        """The bounds as amounts, given the full network's.
+
+        >>> Budget(params=0.5, macs="2k").bounds({"params": 300, "macs": 9000})
+        {'params': 150.0, 'macs': 2000.0}
+        """
+        return {name: _amount(name, value, float(full[name])) for name, value in self.given.items()}
 
     def structures_to_remove(self, total: int) -> int:
-        """The least number of structures to remove (0 where only parameters or MACs are bounded)."""
-        return 0 if self.structures is None else total - int(self.structures * total + 1e-9)
+        """The least number of structures to remove of so many (0 where their number is not bounded)."""
+        if self.structures is None:
+            return 0
+        return max(0, total - int(_amount("structures", self.structures, float(total)) + 1e-9))
 
-    def met_by(self, params: float, macs: float) -> bool:
-        """Whether fractions of parameters and MACs are within the budget."""
-        return (self.params is None or params <= self.params) and (self.macs is None or macs <= self.macs)
+    def met_by(self, amounts: Mapping[str, float], full: Mapping[str, float]) -> bool:
+        """Whether these amounts are within the budget, of a network with these full amounts."""
+        return within(amounts, self.bounds({name: full.get(name, 0.0) for name in self.given}))
 
+    def tightened(self, share: float, full: Mapping[str, float]) -> "Budget":
+        """A budget in amounts, a ``share`` of the way (in logarithms) from the full amounts to this one."""
+        bounds = self.bounds(full)
+        amounts = {n: f"{full[n] * min(b / max(full[n], 1e-300), 1.0) ** share:.17g}" for n, b in bounds.items()}
+        return replace(self, **{n: f"{a}s" if n == "latency" else a for n, a in amounts.items()})  # type: ignore[arg-type]
 
-def meet(space: "SearchSpace", order: Sequence[str], budget: Budget) -> list[str]:
-    """Structures to remove so that the budget holds: as few as possible, taken in ``order`` where valid.
+    def least(self, family: str, count: int, otherwise: float = 1.0) -> int:
+        """How many structures of this family stay at least."""
+        return max(1, min(_of(self.min_keep, family, count, otherwise, up=True), count))
 
-    The result is at most the budget, and one structure fewer would exceed it. Raises :class:`BudgetError`,
-    naming the nearest that can be met, if the order and a few others all end before the budget is met.
-    """
-    least = budget.structures_to_remove(len(space))
-    within = _Within(space, budget)
-    chain = space.removable_in_order(order)
-    if len(chain) < least or not within(chain):
-        others = _other_orders(space, order)
-        fitting = [c for c in others if len(c) >= least and within(c)]
-        if not fitting:
-            raise BudgetError(_nearest(space, [chain, *others], budget, least))
-        chain = fitting[0]
-    if budget.params is None and budget.macs is None:
-        return chain[:least]
-    return chain[: _shortest(chain, least, within, _by_estimate(space, chain, budget, least))]
+    def most(self, family: str, count: int) -> int:
+        """How many structures of this family stay at most."""
+        return max(1, min(_of(self.max_keep, family, count, count, up=False), count))
 
 
-def _shortest(chain: Sequence[str], least: int, within: "_Within", guess: int) -> int:
-    """Length of the shortest prefix (at least ``least``) within the budget; costs fall along the chain.
-
-    Each look builds a sub-network, so the search starts at the guess and doubles its steps from there.
-    """
-    low, high = least, len(chain)  # the whole chain is within the budget
-    step = 1
-    while low < high and low <= (at := min(max(guess, low), high - 1)):
-        if within(chain[:at]):
-            high, guess = at, at - step
-        else:
-            low, guess = at + 1, at + step
-        step *= 2
-        if step > 4:  # the guess was poor: halve what is left
-            guess = (low + high) // 2
-    return low
+def within(amounts: Mapping[str, float], bounds: Mapping[str, float]) -> bool:
+    """Whether every amount that is bounded is at most its bound, up to rounding."""
+    return all(amounts[name] <= bound * (1.0 + 1e-9) + 1e-12 for name, bound in bounds.items())
 
 
-def estimate(space: "SearchSpace", budget: Budget, trials: int = 8, generator: torch.Generator | None = None) -> float:
-    """About how many structures a budget takes away: the mean over random removals (ASGSSD, appendix A.2).
-
-    Quick and not exact: the parameters and MACs of what is still reachable are added up, and no sub-network is
-    built. :func:`meet` is exact.
-    """
-    counts = []
-    for _ in range(trials):
-        order = torch.randperm(len(space), generator=generator).tolist()
-        chain = space.removable_in_order([space.structures[i].name for i in order])
-        counts.append(_by_estimate(space, chain, budget, budget.structures_to_remove(len(space))))
-    return sum(counts) / max(len(counts), 1)
-
-
-def _by_estimate(space: "SearchSpace", chain: Sequence[str], budget: Budget, least: int) -> int:
-    """The same length by what is still reachable alone: layers that would be narrowed count in full."""
-    full = space.reachable_cost(())
-    low, high = min(least, len(chain)), len(chain)
-    while low < high:
-        middle = (low + high) // 2
-        cost = space.reachable_cost(chain[:middle])
-        inside = budget.met_by(cost.params / max(full.params, 1), cost.macs / max(full.macs, 1))
-        low, high = (low, middle) if inside else (middle + 1, high)
-    return low
+def _amount(name: str, value: Bound, full: float) -> float:
+    """A bound as an amount: seconds, or a number of whatever is bounded."""
+    units = _SECONDS if name == "latency" else _SCALE
+    if isinstance(value, str):
+        match = _NUMBER.fullmatch(value)
+        if match is None or match[2] not in units:
+            raise BudgetError(f"{name}={value!r}: a number and one of the units {', '.join(filter(None, units))}.")
+        return float(match[1]) * units[match[2]]
+    if not value >= 0.0:
+        raise BudgetError(f"{name}={value}: the fraction that may stay lies between 0 and 1; an amount is above 1.")
+    if value <= 1.0:
+        return value * full
+    if name == "latency":
+        raise BudgetError(f"latency={value}: write an amount with its unit, '{value:g}ms' say.")
+    return float(value)
 
 
-def check_feasible(space: "SearchSpace", budget: Budget) -> None:
-    """Raise :class:`BudgetError`, naming the nearest, if no order that we know meets the budget."""
-    least = budget.structures_to_remove(len(space))
-    within = _Within(space, budget)
-    chains = _other_orders(space, [s.name for s in space.structures])
-    if not any(len(chain) >= least and within(chain) for chain in chains):
-        raise BudgetError(_nearest(space, chains, budget, least))
-
-
-class _Within:
-    """Whether the sub-network without these structures is within the budget's parameters and MACs."""
-
-    def __init__(self, space: "SearchSpace", budget: Budget):
-        self.space, self.budget = space, budget
-        bounded = budget.params is not None or budget.macs is not None
-        self.full = space.cost() if bounded else None
-
-    def __call__(self, removed: Sequence[str]) -> bool:
-        if self.full is None:
-            return True
-        cost = self.space.cost(removed)
-        return self.budget.met_by(cost.params / self.full.params, cost.macs / max(self.full.macs, 1))
-
-
-def _other_orders(space: "SearchSpace", order: Sequence[str]) -> list[list[str]]:
-    """Chains that may reach further: within the largest set that is known to go together, or large ones first."""
-    most = space.most_removable()
-    inside = set(most)
-    sizes = {name: p.numel() for name, p in space.model.named_parameters()}
-    large_first = sorted(order, key=lambda name: -sum(sizes[p] for p in space[name].parameters))
-    return [
-        space.removable_in_order([name for name in order if name in inside]),
-        most,
-        space.removable_in_order(large_first),
-    ]
-
-
-def _nearest(space: "SearchSpace", chains: Sequence[Sequence[str]], budget: Budget, least: int) -> str:
-    full = space.cost()
-    costs = [space.cost(chain) for chain in chains]
-    most = max(len(chain) for chain in chains)
-    params = min(cost.params for cost in costs) / full.params
-    macs = min(cost.macs for cost in costs) / max(full.macs, 1)
-    return (
-        f"{budget} cannot be met: of {len(space)} structures {most} can go together (the budget asks for {least}). "
-        f"The nearest is structures={1 - most / max(len(space), 1):.3f}, params={params:.3f} or macs={macs:.3f}."
-    )
+def _of(wish: Share | None, family: str, count: int, otherwise: float, *, up: bool) -> int:
+    if isinstance(wish, Mapping):
+        wish = next((share for pattern, share in wish.items() if fnmatchcase(family, pattern)), None)
+    if wish is None:
+        wish = otherwise
+    if wish > 1 or isinstance(wish, int):
+        return int(wish)
+    return -int(-wish * count // 1) if up else int(wish * count + 1e-9)

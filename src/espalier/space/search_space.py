@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,10 +16,11 @@ from espalier.graph.constants import Constant, constant_output
 from espalier.graph.scaled import scaled
 from espalier.graph.segments import SegmentGraph, aten, segment_graph
 from espalier.graph.trace import Trace, trace
-from espalier.space.budget import Budget, meet
-from espalier.space.cost import Cost, measure
+from espalier.space.amounts import Amounts, Axis, Row, Work, rows_of
+from espalier.space.budget import Budget
+from espalier.space.chains import meet
+from espalier.space.cost import Cost, macs_per_node, measure
 from espalier.space.discover import segment_families
-from espalier.space.estimate import CostModel
 from espalier.space.families import axis_families, kernel_families
 from espalier.space.masked import with_statistics_over_what_stays, with_zeros
 from espalier.space.narrowing import NO_AXES, Narrowing
@@ -228,19 +230,40 @@ class SearchSpace:
     def reachable_cost(self, removed: Iterable[str]) -> Cost:
         """The same without building anything: what an output still rests on, narrowed by what is removed."""
         names = list(removed)
-        return self._cost_model(self.validity.live(self.segments_of(names)), self.narrowing(names))
+        amounts = dict(zip(self.amounts.kinds, self.amounts(self.lost(names), self.live(names)), strict=True))
+        return Cost(round(amounts["params"]), round(amounts["macs"]))
+
+    def lost(self, removed: Iterable[str]) -> np.ndarray:
+        """[families]: how many structures of each these are."""
+        counts = np.zeros(len(self.families))
+        for k, positions in self.removed_of(removed).items():
+            counts[k] = len(positions)
+        return counts
+
+    def live(self, removed: Iterable[str]) -> set[int]:
+        """Indices of the segments that an output rests on without these structures."""
+        return self.validity.live(self.segments_of(removed))
 
     @cached_property
-    def _cost_model(self) -> CostModel:
-        return CostModel(self.trace, self.graph, self.axes)
+    def amounts(self) -> Amounts:
+        """Structures, parameters and MACs per example, as functions of what each family loses."""
+        return Amounts(axis := Axis(self.families), self.rows(axis))
+
+    def rows(self, axis: Axis) -> list[Row]:
+        """What :attr:`amounts` is made of."""
+        rows: list[Row] = [
+            ("structures", float(f.count), [axis.taking({k: 1.0 / f.count})], []) for k, f in enumerate(self.families)
+        ]
+        return rows + list(rows_of(self.trace, self.graph, self.axes, axis))
 
     def macs_by_weight(self) -> dict[str, int]:
         """Multiply-accumulates of every layer, by the name of its weight."""
+        work = Work(self.trace, self.axes, Axis(self.families))
         found: dict[str, int] = {}
-        for rows in self._cost_model.work:
-            for amount, weight in rows:
-                if isinstance(weight, str):
-                    found[weight] = found.get(weight, 0) + amount
+        for node, amount in macs_per_node(self.trace).items():
+            for share, _, weight in work(node) if amount else ():
+                if weight is not None:
+                    found[weight] = found.get(weight, 0) + round(amount * share)
         return found
 
     def sample(self, budget: Budget, generator: torch.Generator | None = None) -> Solution:

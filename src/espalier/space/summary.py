@@ -3,13 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
-
-from espalier.graph.constants import shape_of
-from espalier.graph.trace import Trace
+from espalier.space.cost import macs_per_node
 from espalier.space.families import kept_axes
 
 if TYPE_CHECKING:
@@ -80,30 +74,3 @@ def summarize(space: "SearchSpace") -> Summary:
     segments = {segment.name for segment in space.graph}
     rows += [Row(name, "segment", 0, 0, False, space.kept[name]) for name in space.kept if name not in segments]
     return Summary(tuple(rows), space.trace.notes)
-
-
-def macs_per_node(trace: Trace) -> dict[fx.Node, int]:
-    """Multiply-accumulates of every node, per example of the batch, from shapes alone."""
-    found: dict[fx.Node, int] = {}
-    batch = next((shape_of(n.meta["val"])[0] for n in trace.graph.nodes if _is_batched(n)), 1)
-
-    class Counter(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            before = counter.get_total_flops()
-            result = super().run_node(n)
-            found[n] = (counter.get_total_flops() - before) // 2 // batch
-            return result
-
-    with (
-        torch.no_grad(),
-        FakeTensorMode(allow_non_fake_inputs=True) as mode,
-        FlopCounterMode(display=False) as counter,
-    ):
-        inputs = [mode.from_tensor(v) if hasattr(v, "untyped_storage") else v for v in trace.flat_inputs()]
-        Counter(trace.graph_module).run(*inputs, enable_io_processing=False)
-    return found
-
-
-def _is_batched(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return node.op == "placeholder" and getattr(value, "ndim", 0) > 0

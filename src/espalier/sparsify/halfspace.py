@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from espalier.errors import BudgetError, TrainingError
-from espalier.saliency import Saliency, named
-from espalier.space.budget import Budget, check_feasible, estimate, meet
+from espalier.saliency import Saliency, named, worth
+from espalier.space.budget import Budget
+from espalier.space.chains import check_feasible, estimate, meet
 from espalier.space.search_space import SearchSpace
+from espalier.space.selection import select
 from espalier.sparsify import foreach
 from espalier.sparsify.loop import HalfSpace
 
@@ -107,6 +109,8 @@ class H2SPG(HalfSpace):
     @cached_property
     def expected_removals(self) -> float:
         """About how many structures will go, from random removals (appendix A.2); the search phase is exact."""
+        if not self._in_order:
+            return float(len(select(self.space, torch.rand(len(self.space)), self.budget).removed))
         return estimate(self.space, self.budget, generator=torch.Generator().manual_seed(0))
 
     def saliency_scores(self) -> dict[str, float]:
@@ -114,11 +118,26 @@ class H2SPG(HalfSpace):
         return dict(zip(self.space.structures.names, self._scores.tolist(), strict=True))
 
     def choose(self, ascending: list[str]) -> list[str]:
-        """Which structures to drive to zero, given their names in ascending saliency (Algorithm 3, lines 2 to 11)."""
-        return meet(self.space, ascending, self.budget)
+        """Which structures to drive to zero, given their names in ascending saliency (Algorithm 3, lines 2 to 11).
+
+        Where structures narrow layers, or a latency is bounded, ascending order is a poor guide to a budget:
+        :func:`espalier.space.selection.select` solves for it.
+        """
+        if self._in_order:
+            return meet(self.space, ascending, self.budget)
+        worths = worth(self.saliency, self._scores, self.groups.size)
+        return select(self.space, worths, self.budget).removed
+
+    @property
+    def _in_order(self) -> bool:
+        """Whether this is the paper's setting."""
+        return "latency" not in self.budget.given and all(f.level == "segment" for f in self.space.families)
 
     def _check_budget(self) -> None:
-        check_feasible(self.space, self.budget)
+        if self._in_order:
+            check_feasible(self.space, self.budget)
+        else:
+            select(self.space, torch.ones(len(self.space)), self.budget)
 
     def _warm_up(self) -> None:
         if self.steps_done % self.score_every == 0:
@@ -194,10 +213,12 @@ class DHSPG(H2SPG):
         return ascending[: bisect_left(range(most), True, least, key=lambda n: self._within(ascending[:n]))]
 
     def _within(self, removed: list[str]) -> bool:
-        full, cost = self.space.reachable_cost(()), self.space.reachable_cost(removed)
-        return self.budget.met_by(cost.params / max(full.params, 1), cost.macs / max(full.macs, 1))
+        left = {"structures": len(self.space) - len(removed), **vars(self.space.reachable_cost(removed))}
+        return self.budget.met_by(left, {"structures": len(self.space), **vars(self.space.reachable_cost(()))})
 
     def _check_budget(self) -> None:
+        if not set(self.budget.given) <= {"structures", "params", "macs"}:
+            raise BudgetError(f"DHSPG counts structures, params and macs, not {self.budget}: H2SPG takes latencies.")
         if not self._within(list(self.space.structures.names)):
             raise BudgetError(f"{self.budget} cannot be met, not even without all {len(self.space)} structures.")
 
