@@ -62,7 +62,7 @@ class Gradients:
     total_rows: int = 0
 
     def gathered(self) -> Gradients:
-        """All rows on every rank; itself where it has them already.
+        """All rows on every rank; itself where it has them already. MemoryError, before, where they do not fit.
 
         >>> found = gradients(nn.Linear(3, 2).eval(), nn.functional.mse_loss, (torch.ones(4, 3), torch.ones(4, 2)), 4)
         >>> found.gathered() is found
@@ -70,6 +70,7 @@ class Gradients:
         """
         if self.A.shape[0] == self.total_rows:
             return self
+        check_room(self.total_rows, self.A.shape[1], GradientOptions(0, self.A.dtype))
         return replace(self, A=ranks.gather(self.A, self.total_rows), first_row=0)
 
 

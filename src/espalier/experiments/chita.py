@@ -132,11 +132,14 @@ def run(
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     sparsities: tuple[float, ...] = (),
     split: Literal["test", "held-out"] = "test",
+    n: int | None = None,
+    batch: int | None = None,
     threads: int = 1,
 ) -> None:
-    """Fill in the cells of Table 1 that `out` does not have yet."""
+    """Fill in the cells of Table 1 that `out` does not have yet; n, batch: other gradients for single-stage methods."""
     torch.set_num_threads(threads)
     task, settings = load_task(network, split), SETTINGS[network]
+    settings = replace(settings, n=n or settings.n, batch=batch or settings.batch)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {(r["method"], r["sparsity"], r["seed"]) for r in _lines(out)}
     layout = WeightLayout.of(task.model, task.prunable)

@@ -221,9 +221,10 @@ WEIGHT_OPTIONS: Mapping[str, StageOptions] = {
     "mfac": _ONCE,
     "weight-magnitude": _ONCE,
 }
-"""What each method of `WEIGHT_METHODS` uses unless told otherwise. λ and the number of stages decide most: choose them on
-held-out data (λ from 1e-3 for a small fully connected network to 0.1 for a residual one, in our tables). Batch norm
-statistics are taken anew where a method says `recalibrate`; for a pruned residual network that is worth tens of points.
+"""What each method of `WEIGHT_METHODS` uses unless told otherwise.
+
+λ and the number of stages decide most: choose them on held-out data (in our tables, λ from 1e-3 for a small fully
+connected network to 0.1 for a residual one). Where a method says `recalibrate`, batch norm statistics are taken anew.
 """
 
 WEIGHT_METHODS: Mapping[str, WeightMethod] = {
