@@ -143,6 +143,22 @@ def test_both_passes_see_the_same_dropout():
     assert torch.equal(*kept)
 
 
+def test_both_passes_see_the_same_functional_dropout():
+    class Net(Tiny):
+        def forward(self, x):
+            y = torch.nn.functional.dropout(torch.tanh(self.a(x)), 0.5)
+            seen.append(y.detach() != 0)
+            return self.b(y)
+
+    seen, model = [], Net()
+    gates = Gates(model, [input_gates(model, "b", producer="a")], estimator="arm")
+    x = torch.randn(3, 3)
+    gates.backward(lambda: gates(x).square().mean())
+    assert torch.equal(*seen)
+    gates.backward(lambda: gates(x).square().mean())
+    assert not torch.equal(seen[0], seen[2])
+
+
 def test_solution_of_layer_gates_masks_closed_units():
     torch.manual_seed(0)
     model, x = Tiny(), torch.randn(5, 3)

@@ -1,11 +1,12 @@
 """Conditional computation: units whose gate is 0 for the whole batch are not computed at all."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.sparsify.sites import Site
 
@@ -75,6 +76,36 @@ def _taken(w: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     if rows is not None:
         w = w.index_select(0, rows)
     return w if columns is None else w.index_select(1, columns)
+
+
+class Places:
+    """Where a model holds some of its parameters, so that others may stand there for one pass.
+
+    What ``torch.func.functional_call`` does, without looking every name up again at each call.
+    """
+
+    def __init__(self, model: nn.Module, names: Collection[str]):
+        own = dict(model.named_parameters())
+        wanted = {id(own[name]): name for name in names}
+        self._at: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        for module in model.modules():
+            for leaf, p in module._parameters.items():
+                if id(p) in wanted:
+                    self._at.setdefault(wanted[id(p)], []).append((module._parameters, leaf))
+        self._own = own
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within, the model computes with these tensors."""
+        try:
+            for name, tensor in tensors.items():
+                for parameters, leaf in self._at[name]:
+                    parameters[leaf] = tensor
+            yield
+        finally:
+            for name in tensors:
+                for parameters, leaf in self._at[name]:
+                    parameters[leaf] = self._own[name]
 
 
 class _Take(torch.autograd.Function):

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from espalier.errors import TrainingError
 from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
-from espalier.sparsify.conditional import Narrowing
+from espalier.sparsify.conditional import Narrowing, Places
 from espalier.sparsify.gating import Gating, Options
 from espalier.sparsify.penalty import expected_l1, expected_l2
 from espalier.sparsify.probability import Probability
@@ -89,6 +88,7 @@ class Gates(Gating):
         super().__init__(model, [s.name for s in sites], counts, sizes, options)
         self.sites, self.conditional, self._own = tuple(sites), conditional, own
         self.narrowing = Narrowing.of(self.sites)
+        self._places = Places(model, {name for name, _ in self.narrowing.index})
         stops = torch.tensor(counts).cumsum(0).tolist()
         self._span = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
         self._kept: Mapping[tuple[str, int], Tensor] | None = None
@@ -104,7 +104,8 @@ class Gates(Gating):
             if any(len(k) == 0 for k in self._kept.values()) or not self._pays(self._kept):
                 self._kept = None  # a layer without any unit, or little to leave out: multiply instead
                 return self.model(*args, **kwargs)
-            return functional_call(self.model, self.narrowing.parameters(self._own, self._kept), args, kwargs)
+            with self._places.holding(self.narrowing.parameters(self._own, self._kept)):
+                return self.model(*args, **kwargs)
         finally:
             self._kept = None
 
