@@ -31,7 +31,8 @@ from espalier.saliency import named
 from espalier.select.families import FamilyOptions, charged, prune_structures
 from espalier.select.problem import Problem
 from espalier.select.recalibrate import recalibrate
-from espalier.space.budget import Budget, meet
+from espalier.space.budget import Budget
+from espalier.space.chains import meet
 from espalier.space.search_space import SearchSpace
 from espalier.sparsify.groups import Groups
 

@@ -1,4 +1,4 @@
-"""Per-sample gradients against one backward pass of the same samples, and sparse layouts against dense.
+"""Per-sample gradients against one backward pass of the same samples.
 
 ESPALIER_DATA=… python benchmarks/chita_gradients.py
 """
@@ -54,14 +54,6 @@ def main(out: Path = Path("runs/chita-gradients.jsonl")) -> None:
                     )
                 )
                 record(network=network, samples=samples, what=method, batch=batch, cpu_seconds=seconds)
-    for rows, columns in ((40, 784), (1024, 1024), (4096, 4096)):
-        x = torch.randn(columns, 64)
-        for sparsity in (0.5, 0.9, 0.95, 0.98):
-            w = torch.randn(rows, columns) * (torch.rand(rows, columns) >= sparsity)
-            line = {"what": "layout", "shape": [rows, columns], "batch": 64, "sparsity": sparsity}
-            csr = w.to_sparse_csr()
-            record(**line, layout="dense", cpu_seconds=cpu_seconds(lambda w=w, x=x: w @ x, 5))
-            record(**line, layout="csr", cpu_seconds=cpu_seconds(lambda w=csr, x=x: w @ x, 5))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,11 +33,11 @@ def main(
             for batch in batches:
                 layer, x = nn.Linear(width, width), torch.randn(batch, width)
                 repeats = max(5, int(2e9 / (width * width * batch)) if width * width * batch > 1e6 else 200)
-                dense, cells = seconds(lambda layer=layer, x=x: layer(x), min(repeats, 200)), []
+                dense, cells = seconds(partial(layer, x), min(repeats, 200)), []
                 for sparsity in sparsities:
                     pruned = nn.Linear(width, width)
                     pruned.weight.mul_(torch.rand(width, width) >= sparsity)
-                    sparse = seconds(lambda s=SparseLinear(pruned), x=x: s(x), min(repeats, 200))
+                    sparse = seconds(partial(SparseLinear(pruned), x), min(repeats, 200))
                     cells.append(f"**{1e3 * sparse:.3f}**" if sparse < dense else f"{1e3 * sparse:.3f}")
                     line = {"width": width, "batch": batch, "sparsity": sparsity, "dense_s": dense, "csr_s": sparse}
                     file.write(json.dumps(line) + "\n")

@@ -1,5 +1,5 @@
-"""Milliseconds of one optimizer step over the DARTS supernet: ProxSGD, the loop over groups, and SGD,
-interleaved.
+"""Milliseconds of one optimizer step over the DARTS supernet: ProxSGD, RMDA, RAMDA, the loop over groups, and
+SGD, interleaved.
 
     python benchmarks/proxsgd_step.py [--threads 1] [--rounds 30]
 """
@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from espalier.models import DARTS
-from espalier.sparsify import ProxSGD, named_groups
+from espalier.sparsify import RAMDA, RMDA, ProxSGD, named_groups
 from espalier.sparsify.grouping import Grouping
 
 warnings.simplefilter("ignore")
@@ -61,13 +61,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    models = [DARTS(channels=16, cells=8).to(args.device) for _ in range(3)]
+    models = [DARTS(channels=16, cells=8, scalars=True).to(args.device) for _ in range(5)]
     for model in models:
         for p in model.parameters():
             p.grad = torch.randn_like(p) * 1e-3
     steps = {
         "SGD(foreach=True, momentum=0.9)": torch.optim.SGD(models[0].parameters(), lr=1e-3, momentum=0.9, foreach=True),
         "ProxSGD": ProxSGD(operations(models[1]), mu=1e-3, lr=1e-3, rho=0.8),
+        "RMDA": RMDA(operations(models[3]), mu=1e-3, lr=1e-1),
+        "RAMDA": RAMDA(operations(models[4]), mu=1e-3, lr=1e-2),
         "loop over groups": Loop(operations(models[2]), mu=1e-3, lr=1e-3, rho=0.8),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -278,6 +278,7 @@ def test_sample_bytes_sees_what_autograd_keeps():
     held = sample_bytes(model, torch.ones(1, 10))
     assert 2 * 4 * 2000 <= held <= 2 * 4 * 5000
     assert 7 * held < sample_bytes(model, torch.ones(8, 10)) < 9 * held
+    assert sample_bytes(model, torch.ones(10_000, 10)[:1]) == held  # not what it is a view of
     conv = nn.Conv2d(3, 4, 3, padding=1).eval()
     assert sample_bytes(conv, torch.ones(1, 3, 16, 16)) >= 27 * 256 * 4  # the unfolded input
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from espalier.sparsify.prox import Runs, box, combined, group_l21, l1, nonnegative, shrink_factor
+from espalier.sparsify.prox import Runs, box, combined, group_l21, group_l21_per_element, l1, nonnegative, shrink_factor
 
 OWNER = torch.tensor([0, 0, 0, 1, 1, 0, 2, 2, 2, 2])
 RUNS = Runs.of(OWNER, 3)
@@ -53,6 +53,7 @@ MU, TAU = (
     torch.tensor([0.7, 2.9, 1.3], dtype=torch.float64),
     torch.tensor([0.8, 1.5, 1.0], dtype=torch.float64),
 )
+EACH = torch.tensor([0.3, 2.0, 1.0, 0.5, 5.0, 0.02, 1.5, 0.7, 3.0, 0.1], dtype=torch.float64)
 CASES = {
     "l1": (lambda b: l1(b, 0.6, TAU[OWNER]), {"mu": 0 * MU, "sparsity": 0.6}, (None, None)),
     "group": (lambda b: group_l21(b, RUNS, MU, TAU), {"mu": MU}, (None, None)),
@@ -135,3 +136,43 @@ def test_zero_stays_zero_and_no_penalty_changes_nothing(b):
 def test_a_group_norm_within_a_box_is_refused(b):
     with pytest.raises(ValueError, match="no closed form"):
         combined(b, RUNS, 1.0, low=-1.0, high=1.0)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3, 1.0, 2.5, 20.0])
+@pytest.mark.parametrize("spread", [1.0, 100.0, 1e4])
+def test_a_tau_per_element(b, mu, spread):
+    """Against the optimality conditions of a diagonal metric, from mild to badly scaled, and by perturbation."""
+    tau, weight = EACH ** (np.log10(spread) + 1), mu * MU
+    w, norms = group_l21_per_element(b, RUNS, weight, tau)
+    zero = norms == 0
+    for start in (norms * 1.1, norms * 0.5 + 0.1, torch.full_like(norms, 50.0)):
+        again, same = group_l21_per_element(b, RUNS, weight, tau, start)
+        torch.testing.assert_close(again, w, rtol=1e-9, atol=1e-12)
+        assert torch.equal(same == 0, zero)
+    if mu:
+        torch.testing.assert_close(norms, RUNS.norm(w), rtol=1e-9, atol=1e-12)
+    pull = tau * (b - w)
+    for k in range(3):
+        own = k == OWNER
+        if bool(zero[k]):
+            assert not w[own].any()
+            assert (tau * b)[own].norm() <= weight[k]
+        else:
+            assert weight[k] == 0 or w[own].norm() > 0
+            direction = w[own] / w[own].norm() if mu else torch.zeros_like(w[own])
+            torch.testing.assert_close(pull[own], weight[k] * direction, rtol=1e-8, atol=1e-10)
+
+    def value(w):
+        return float((weight * RUNS.norm(w)).sum() + 0.5 * (tau * (w - b).square()).sum())
+
+    draw = torch.Generator().manual_seed(0)
+    for scale in (1e-4, 1e-2, 1.0):
+        for _ in range(30):
+            other = w + scale * torch.randn(10, dtype=torch.float64, generator=draw)
+            assert value(other) >= value(w) - 1e-12
+
+
+def test_a_tau_per_element_equals_the_closed_form_where_there_is_one(b):
+    w, norms = group_l21_per_element(b, RUNS, MU, RUNS.spread(TAU))
+    torch.testing.assert_close(w, group_l21(b, RUNS, MU, TAU), rtol=1e-9, atol=1e-12)
+    assert torch.equal(norms == 0, shrink_factor(RUNS.norm(b), MU, TAU) == 0)

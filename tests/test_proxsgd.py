@@ -1,5 +1,6 @@
 """ProxSGD and RMDA: against the loop over groups, exact sparsity, schedules, resuming, search of μ."""
 
+import sys
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from espalier.errors import SpaceError, TrainingError
 from espalier.models import DemoNet
 from espalier.sparsify import (
     PAPER,
+    RAMDA,
     RMDA,
     PowerDecay,
     ProxSGD,
@@ -138,7 +140,14 @@ def perceptron():
     return nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 1)).double()
 
 
-@pytest.mark.parametrize("make", [lambda g: ProxSGD(g, mu=0.05, lr=0.05, rho=0.5), lambda g: RMDA(g, mu=0.02, lr=0.2)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda g: ProxSGD(g, mu=0.05, lr=0.05, rho=0.5),
+        lambda g: RMDA(g, mu=0.02, lr=0.2),
+        lambda g: RAMDA(g, mu=0.02, lr=0.1),
+    ],
+)
 def test_support_is_exact_and_snapping_changes_nothing_that_matters(make):
     model = perceptron()
     opt = make(layer_groups(model, ["0"]))
@@ -191,7 +200,7 @@ def test_solution_of_filters_is_masks():
 
 
 @pytest.mark.parametrize("tau", [1.0, "adaptive"])
-@pytest.mark.parametrize("kind", [ProxSGD, RMDA])
+@pytest.mark.parametrize("kind", [ProxSGD, RMDA, RAMDA])
 def test_resume_is_bit_identical(kind, tau):
     more = {"tau": tau, "schedule": PowerDecay(offset=5)} if kind is ProxSGD else {}
     model = net()
@@ -306,17 +315,32 @@ def test_bisection_tolerates_what_is_not_monotone():
     assert len(never.trials) == 4
 
 
-def test_search_needs_optuna_or_resumes(tmp_path):
-    try:
-        import optuna
-    except ImportError:
-        with pytest.raises(ImportError, match=r"espalier\[search\]"):
-            search(lambda mu, lr, rho: mu)
-        return
+def test_search_needs_optuna(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ImportError, match=r"pip install 'espalier\[search\]'"):
+        search(lambda mu, lr, rho: mu)
+
+
+def test_search_resumes_from_its_storage(tmp_path):
+    optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = f"sqlite:///{tmp_path}/search.db"
-    assert len(search(lambda mu, lr, rho: mu, trials=2, storage=storage).trials) == 2
-    assert len(search(lambda mu, lr, rho: mu, trials=3, storage=storage).trials) == 3
+    storage, seen = f"sqlite:///{tmp_path}/search.db", []
+
+    def objective(mu, lr, rho):
+        seen.append((mu, lr, rho))
+        if len(seen) == 3:
+            raise KeyboardInterrupt  # stopped in the middle of the third trial
+        return mu
+
+    with pytest.raises(KeyboardInterrupt):
+        search(objective, trials=5, storage=storage)
+    study = search(objective, trials=5, storage=storage)
+    assert sum(t.state.name == "COMPLETE" for t in study.trials) == 5
+    assert len(set(seen)) == len(seen) == 6  # no draw is made twice
+    assert study.best_value == min(mu for i, (mu, _, _) in enumerate(seen) if i != 2)
+    search(objective, trials=5, storage=storage)
+    assert len(seen) == 6  # nothing left to do
+    assert all(1e-5 <= mu <= 1 and 1e-4 <= lr <= 0.1 and 0.05 <= rho <= 1 for mu, lr, rho in seen)
 
 
 def test_bad_input():
@@ -334,6 +358,17 @@ def test_bad_input():
     ):
         with pytest.raises(TrainingError, match=message):
             ProxSGD(groups, **wrong)
+    for kind in (RMDA, RAMDA):
+        for wrong, message in (
+            ({"mu": -1.0}, "mu and weight_decay are at least 0"),
+            ({"mu": 1.0, "lr": 0.0}, "lr is positive"),
+            ({"mu": 1.0, "momentum": 0.0}, r"momentum \(c\) = 0.0: lies in \(0, 1\]"),
+            ({"mu": 1.0, "momentum": 1.5}, r"momentum \(c\) = 1.5"),
+        ):
+            with pytest.raises(TrainingError, match=message):
+                kind(groups, **wrong)
+    with pytest.raises(TrainingError, match=r"epsilon=0.0: positive"):
+        RAMDA(groups, mu=1.0, epsilon=0.0)
     with pytest.raises(SpaceError, match="group 'none' has no parameters"):
         named_groups(model, {"none": []})
     with pytest.raises(SpaceError, match=r"'0.weight' is in two groups, 'a' and 'b'"):
@@ -343,6 +378,8 @@ def test_bad_input():
     with pytest.raises(SpaceError, match="unknown level 'row'"):
         layer_groups(model, ["0"], "row")
     opt = ProxSGD(groups, mu=0.01)
+    with pytest.raises(TrainingError, match=r"mu=-0.1: at least 0"):
+        opt.mu = -0.1
     before = [p.detach().clone() for p in model.parameters()]
     train(model, opt, 1)
     model[0].weight.grad[0, 0] = float("nan")
@@ -356,3 +393,41 @@ def test_bad_input():
         ProxSGD(groups, mu=0.01)
     with pytest.raises(TrainingError, match="another grouping"):
         opt.load_state_dict({"names": []})
+
+
+@pytest.mark.parametrize("kind", [RMDA, RAMDA])
+def test_dual_averaging_equals_the_formula(kind):
+    """Algorithm 1 of either paper, step by step over groups; the subproblem of RAMDA by proximal gradient."""
+    model, twin = net(), net()
+    opt = kind(layer_groups(model, ["0", "3"]), mu=0.02, lr=0.1, momentum=0.3)
+    own = dict(twin.named_parameters())
+    start = {n: p.detach().clone() for n, p in own.items()}
+    v, u = ({n: torch.zeros_like(p) for n, p in own.items()} for _ in range(2))
+    alpha, grouping = 0.0, layer_groups(twin, ["0", "3"])
+    for t in range(1, 5):
+        backward(model), opt.step()
+        backward(twin)
+        size = 0.1 * t**0.5
+        alpha += size
+        with torch.no_grad():
+            for n, p in own.items():
+                v[n] += size * p.grad
+                u[n] += size * p.grad**2
+            metric = {n: torch.full_like(p, t**0.5) if kind is RMDA else u[n] ** (1 / 3) + 1e-6 for n, p in own.items()}
+            b = {n: start[n] - v[n] / metric[n] for n in own}
+            hat = {n: x.clone() for n, x in b.items()}
+            for k in range(len(grouping)):
+                masks = {n: (o == k).expand(own[n].shape) for n, o in grouping.owner.items()}
+                at = {n: m for n, m in masks.items() if m.any()}
+                tau = torch.cat([metric[n][m] for n, m in at.items()])
+                goal = torch.cat([b[n][m] for n, m in at.items()])
+                w = goal.clone()
+                for _ in range(3000 if kind is RAMDA else 1):
+                    w = w - tau * (w - goal) / tau.max()
+                    w = w * max(0.0, 1 - 0.02 * alpha / float(tau.max() * w.norm()))
+                for (n, m), part in zip(at.items(), w.split([int(m.sum()) for m in at.values()]), strict=True):
+                    hat[n][m] = part
+            for n, p in own.items():
+                p += 0.3 * (hat[n] - p)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)

@@ -142,6 +142,27 @@ def test_masks_that_do_not_fit_are_refused(task):
         construct(space, Solution((), "0", {}))
 
 
+def test_masks_and_removed_channels_in_one_solution(task):
+    """The narrowed network equals the masked one; its zeros are read off and held."""
+    _, data = task
+    model = Net().double()
+    x = data[0].double()
+    space = search_space(model, x[:3], levels=("channel",))
+    again, pruned = prune_weights(space, keep=0.4, method="weight-magnitude")
+    both = Solution(("conv[1]", "conv[6]"), again.fingerprint, pruned.masks)
+    small = construct(again, both)
+    assert small.conv.out_channels == 6
+    for mode in (True, False):
+        alone = copy.deepcopy(small)  # a pass in train mode moves the running statistics
+        torch.testing.assert_close(alone.train(mode)(x), again.masked(both).train(mode)(x))
+    masks = zero_masks(small)
+    optimizer = torch.optim.Adam(small.parameters(), 0.01)
+    hold_masks(small, masks, optimizer)
+    CE(small(x), data[1]).backward()
+    optimizer.step()
+    assert all(not small.get_parameter(n)[~m].any() for n, m in masks.items())
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "lbfgs"])
 def test_zeros_of_a_constructed_model_stay_through_training(task, kind):
     space, data = task

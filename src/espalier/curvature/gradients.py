@@ -62,7 +62,7 @@ class Gradients:
     total_rows: int = 0
 
     def gathered(self) -> Gradients:
-        """All rows on every rank; itself where it has them already.
+        """All rows on every rank; itself where it has them already. MemoryError, before, where they do not fit.
 
         >>> found = gradients(nn.Linear(3, 2).eval(), nn.functional.mse_loss, (torch.ones(4, 3), torch.ones(4, 2)), 4)
         >>> found.gathered() is found
@@ -70,6 +70,7 @@ class Gradients:
         """
         if self.A.shape[0] == self.total_rows:
             return self
+        check_room(self.total_rows, self.A.shape[1], GradientOptions(0, self.A.dtype))
         return replace(self, A=ranks.gather(self.A, self.total_rows), first_row=0)
 
 
@@ -252,13 +253,13 @@ def _with_progress(
 def _rows_by_vmap(
     model: nn.Module, loss: Loss, layout: WeightLayout, inputs: Tensor, targets: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    state = {name: p.detach() for name, p in model.named_parameters()}
+    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     wanted = {name: state[name] for name in layout.names}
 
     def value(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return loss(torch.func.functional_call(model, {**state, **weights}, (x,)), y)
 
-    x = inputs.reshape(rows, -1, *inputs.shape[1:])
+    x = inputs.contiguous().reshape(rows, -1, *inputs.shape[1:])
     y = targets.reshape(rows, -1, *targets.shape[1:])
     try:
         grads, values = torch.func.vmap(torch.func.grad_and_value(value), in_dims=(None, 0, 0))(wanted, x, y)

@@ -56,7 +56,7 @@ def sample_bytes(model: nn.Module, sample: Tensor) -> int:
             handles.append(module.register_forward_hook(unfolded))
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
-            output = model(sample)
+            output = model(sample.clone())  # a view would count for all that it is a view of
         del output
     finally:
         for handle in handles:

@@ -59,9 +59,10 @@ def rows_by_layer(
         module = modules[name.rpartition(".")[0]]
         handles.append(module.register_forward_hook(partial(catch, name)))
     try:
-        # Detached parameters: autograd then only computes the gradients at the layers' outputs.
-        state = {name: p.detach() for name, p in model.named_parameters()}
-        probe = inputs.detach().requires_grad_(inputs.is_floating_point())
+        # Detached parameters: autograd then only computes the gradients at the layers' outputs. Contiguous ones and
+        # inputs: patches of a channels-last tensor take more than twice as long.
+        state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+        probe = inputs.detach().contiguous().requires_grad_(inputs.is_floating_point())
         output = torch.func.functional_call(model, state, (probe,))
         value = loss(output, targets)
         (value * rows).backward()

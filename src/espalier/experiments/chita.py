@@ -37,6 +37,7 @@ from espalier.select.result import Result
 
 ONE_SHOT = ("magnitude", "woodfisher", "cbs", "mfac", "chita", "ours-one-shot")
 STAGED = ("chita++", "ours")
+DIRECT = ("chita++ direct",)  # a run of its own for each sparsity
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ SETTINGS: dict[str, Settings] = {
         damping={"woodfisher": 1e-3, "cbs": 1e-3, "mfac": 1e-3, "chita": 1e-3, "ours-one-shot": 1e-3},
         staged={
             "chita++": StageOptions(50, "cubic", 1000, 16, 3e-3, True, "magnitude", drop_dead=False),
+            "chita++ direct": StageOptions(50, "cubic", 1000, 16, 3e-3, True, "magnitude", drop_dead=False),
             "ours": StageOptions(50, "cubic", 1000, 16, 1e-3, True, "exchange"),
         },
         path=_path("mlpnet", (16, 5, 5, 5, 7, 9, 15)),
@@ -130,11 +132,14 @@ def run(
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     sparsities: tuple[float, ...] = (),
     split: Literal["test", "held-out"] = "test",
+    n: int | None = None,
+    batch: int | None = None,
     threads: int = 1,
 ) -> None:
-    """Fill in the cells of Table 1 that `out` does not have yet."""
+    """Fill in the cells of Table 1 that `out` does not have yet; n, batch: other gradients for single-stage methods."""
     torch.set_num_threads(threads)
     task, settings = load_task(network, split), SETTINGS[network]
+    settings = replace(settings, n=n or settings.n, batch=batch or settings.batch)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {(r["method"], r["sparsity"], r["seed"]) for r in _lines(out)}
     layout = WeightLayout.of(task.model, task.prunable)
@@ -164,7 +169,7 @@ def run(
                 continue
             for sparsity in todo:
                 began = time.process_time()
-                if method in STAGED:
+                if method in (*STAGED, *DIRECT):
                     result = _staged(task, settings.staged[method], sparsity, seed)
                 else:
                     found = found or _sample(task, settings, seed)

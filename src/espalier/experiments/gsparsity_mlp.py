@@ -1,6 +1,6 @@
-"""Neuron pruning of the MNIST perceptron by ProxSGD and by RMDA, on one recipe.
+"""Neuron pruning of the MNIST perceptron by ProxSGD, RMDA and RAMDA, on one recipe.
 
-    ESPALIER_DATA=... python -m espalier.experiments.gsparsity_mlp --method proxsgd rmda --mu 0.01 0.02
+    ESPALIER_DATA=... python -m espalier.experiments.gsparsity_mlp --method proxsgd rmda ramda --mu 0.01 0.02
 
 Groups are the hidden neurons with their biases. One JSON line per run.
 """
@@ -20,8 +20,9 @@ from espalier.models.mlp_l0 import MLP
 from espalier.sparsify.flat import FlatProximal
 from espalier.sparsify.grouping import layer_groups
 from espalier.sparsify.proxsgd import ProxSGD
-from espalier.sparsify.rmda import RMDA
+from espalier.sparsify.rmda import RAMDA, RMDA
 
+METHODS = ("proxsgd", "rmda", "ramda")
 HIDDEN = ["layers.0", "layers.1"]
 
 
@@ -33,7 +34,12 @@ def run(method: str, mu: float, epochs: int, lr: float, seed: int, train: Any, t
     opt: FlatProximal
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        opt = ProxSGD(groups, mu=mu, lr=lr, rho=0.9) if method == "proxsgd" else RMDA(groups, mu=mu, lr=lr)
+        if method == "proxsgd":
+            opt = ProxSGD(groups, mu=mu, lr=lr, rho=0.9)
+        elif method == "rmda":
+            opt = RMDA(groups, mu=mu, lr=lr)
+        else:
+            opt = RAMDA(groups, mu=mu, lr=0.1 * lr)  # adaptive: the authors, too, take a tenth
     flips = torch.zeros(len(groups), dtype=torch.bool)
     for epoch in range(epochs):
         model.train()
@@ -61,7 +67,7 @@ def run(method: str, mu: float, epochs: int, lr: float, seed: int, train: Any, t
 def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--method", nargs="+", choices=("proxsgd", "rmda"), default=["proxsgd", "rmda"])
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--mu", type=float, nargs="+", default=[0.01, 0.02])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--lr", type=float, default=0.1)

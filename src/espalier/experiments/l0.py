@@ -125,6 +125,7 @@ def report(gates: Gates, x: Tensor, y: Tensor) -> dict[str, Any]:
         "macs_share": round(cost.macs / whole.macs, 5),
         "expected_share": _expected_share(gates, full),
         "undecided": round(float(((pi > 0.05) & (pi < 0.95)).float().mean()), 4),
+        "pi": torch.histc(pi, 20, 0.0, 1.0).int().tolist(),
     }
 
 

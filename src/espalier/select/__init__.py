@@ -4,6 +4,8 @@ from espalier.select.cbs import cbs as cbs
 from espalier.select.chita import chita as chita
 from espalier.select.families import prune_structures as prune_structures
 from espalier.select.magnitude import magnitude as magnitude
+from espalier.select.masking import hold_masks as hold_masks
+from espalier.select.masking import zero_masks as zero_masks
 from espalier.select.mfac import mfac as mfac
 from espalier.select.multistage import StageOptions as StageOptions
 from espalier.select.multistage import chita_plus_plus as chita_plus_plus

@@ -5,6 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
+
+from espalier.errors import SpaceError
+from espalier.space.search_space import SearchSpace
+from espalier.space.solution import Solution
+from espalier.sparsify.flat import FlatProximal
+
 S = TypeVar("S")
 
 
@@ -82,6 +89,86 @@ def bisect_mu(
     return Bisection(tuple(trials), best, target - tolerance <= best.share <= target)
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What one training run left: the model's state with dead groups at zero, and the solution."""
+
+    weights: dict[str, Tensor] = field(repr=False)
+    solution: Solution
+
+
+def kept_share(space: SearchSpace, solution: Solution, of: str = "macs") -> float:
+    """The fraction of "structures", "params" or "macs" that the constructed network keeps.
+
+    >>> import torch
+    >>> from espalier import search_space
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> space = search_space(model, torch.randn(3, 4), levels=("channel",))
+    >>> kept_share(space, space.solution(["0[0]", "0[1]"]), "structures")
+    0.75
+    """
+    if of not in ("structures", "params", "macs"):
+        raise SpaceError(f"of='{of}': there are structures, params and macs.")
+    if of == "structures":
+        return 1.0 - len(solution.removed) / len(space)
+    left, full = space.reachable_cost(solution.removed), space.reachable_cost(())
+    return getattr(left, of) / getattr(full, of)
+
+
+def fit_to_target(
+    space: SearchSpace,
+    fit: Callable[[float], FlatProximal],
+    target: float,
+    *,
+    of: str = "macs",
+    mu: float = 1e-3,
+    tolerance: float = 0.02,
+    max_trials: int = 12,
+    factor: float = 4.0,
+    warm_start: bool = True,
+) -> Bisection[Fitted]:
+    """Find μ so that at most ``target`` of the structures, parameters or MACs stays, by :func:`bisect_mu`.
+
+    >>> import torch
+    >>> from espalier import search_space
+    >>> from espalier.sparsify import ProxSGD, space_groups
+    >>> from torch import nn
+    >>> model, x = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1)), torch.randn(64, 4)
+    >>> space = search_space(model, x, levels=("channel",))
+    >>> def fit(mu):
+    ...     opt = ProxSGD(space_groups(space), mu, lr=0.1, rho=0.5)
+    ...     for _ in range(100):
+    ...         opt.zero_grad()
+    ...         (model(x)[:, 0] - x.square().sum(1)).square().mean().backward()
+    ...         opt.step()
+    ...     return opt
+    >>> found = fit_to_target(space, fit, 0.6, of="params", mu=0.1, tolerance=0.2)
+    >>> found.met and 0.4 <= kept_share(space, found.best.state.solution, "params") <= 0.6
+    True
+
+    ``fit(mu)`` trains ``space.model`` in place, from the weights that it finds there, and returns its optimizer, whose
+    groups are the space's. Every trial starts from the model as given, or with ``warm_start`` from the trial with
+    the next smaller μ. In the end the model holds the best trial's weights, dead groups at zero, and
+    ``best.state.solution`` is its solution. Other arguments and errors as of :func:`bisect_mu`.
+    """
+    model = space.model
+    initial = {name: t.clone() for name, t in model.state_dict().items()}
+
+    def train(value: float, state: Fitted | None) -> tuple[float, Fitted]:
+        model.load_state_dict(initial if state is None else state.weights)
+        optimizer = fit(value)
+        optimizer.snap()
+        solution = optimizer.solution(space)
+        weights = {name: t.clone() for name, t in model.state_dict().items()}
+        return kept_share(space, solution, of), Fitted(weights, solution)
+
+    found = bisect_mu(
+        train, target, mu, tolerance=tolerance, max_trials=max_trials, factor=factor, warm_start=warm_start
+    )
+    model.load_state_dict(found.best.state.weights)
+    return found
+
+
 def search(
     objective: Callable[[float, float, float], float],
     *,
@@ -102,8 +189,8 @@ def search(
         import optuna  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError("a search over mu, lr and rho needs optuna: pip install 'espalier[search]'") from None
-    sampler = optuna.samplers.TPESampler(seed=seed)
-    study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True, sampler=sampler)
+    study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # resumed: not the same draws again
 
     def one(trial: Any) -> float:
         return objective(

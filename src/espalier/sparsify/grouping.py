@@ -82,18 +82,51 @@ def named_groups(model: nn.Module, groups: Mapping[str, Sequence[str]]) -> Group
 
 
 def space_groups(space: SearchSpace, key: Callable[[str], str] | None = None) -> Grouping:
-    """One group per structure of a search space; structures with the same ``key(name)`` are tied into one.
+    """One group per structure of a search space (kernel, channel, head, segment), over all its slices.
 
-    GS-NAS ties the same operation of all cells of one type.
+    >>> from espalier.space.search_space import search_space
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    >>> space = search_space(net, torch.randn(2, 3, 8, 8), levels=("channel",))
+    >>> groups = space_groups(space)
+    >>> groups.names, groups.size.tolist()  # 27 weights, a bias, and the norm's scale and shift
+    (('0[0]', '0[1]', '0[2]', '0[3]'), [30.0, 30.0, 30.0, 30.0])
+
+    Structures with the same ``key(name)`` are tied into one; GS-NAS ties the same operation of all cells of one type.
+    Raises :class:`SpaceError` where an element would be in two groups (a channel of a segment, a kernel of a
+    channel): proximal steps need groups that do not overlap, so make one space per level.
     """
     if not len(space):
         raise SpaceError("the search space is empty: no structure of the model may go.")
     tied: dict[str, list[str]] = {}
-    for structure in space.structures:
-        tied.setdefault(key(structure.name) if key else structure.name, []).append(structure.name)
-    by_name = {name: [p for member in members for p in space[member].parameters] for name, members in tied.items()}
-    plain = named_groups(space.model, by_name)
-    return Grouping(space.model, plain.names, plain.owner, space, tuple(tuple(m) for m in tied.values()))
+    group_of = torch.empty(len(space), dtype=torch.long)
+    place: dict[str, int] = {}
+    for i, name in enumerate(space.structures.names):
+        title = key(name) if key else name
+        tied.setdefault(title, []).append(name)
+        group_of[i] = place.setdefault(title, len(place))
+    shapes = {name: p.shape for name, p in space.model.named_parameters()}
+    names, owner = tuple(tied), {}
+    for family, start in zip(space.families, space.structures.offsets, strict=False):
+        for s in family.slices:
+            at = torch.zeros((), dtype=torch.long) if s.owner is None else s.owner
+            dim, ndim = s.dim or 0, len(shapes[s.parameter])
+            shape = [1] * dim + list(at.shape) + [1] * (ndim - dim - at.ndim)
+            mine = torch.where(at < 0, -1, group_of[at.clamp_min(0) + int(start)]).view(shape)
+            there = owner.get(s.parameter)
+            owner[s.parameter] = mine if there is None else _merged(there, mine, s.parameter, names)
+    return Grouping(space.model, names, owner, space, tuple(tuple(m) for m in tied.values()))
+
+
+def _merged(a: Tensor, b: Tensor, parameter: str, names: Sequence[str]) -> Tensor:
+    """The owner of every element, from two that leave each other alone."""
+    clash = (a >= 0) & (b >= 0) & (a != b)
+    if bool(clash.any()):
+        first, second = (names[int(t.broadcast_to(clash.shape)[clash][0])] for t in (a, b))
+        raise SpaceError(
+            f"parameter '{parameter}' is in two groups, '{first}' and '{second}': groups do not overlap; "
+            "make a search space of one level."
+        )
+    return torch.where(a >= 0, a, b)
 
 
 def layer_groups(model: nn.Module, layers: Sequence[str] | None = None, level: str = "filter") -> Grouping:

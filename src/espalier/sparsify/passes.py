@@ -23,10 +23,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_noise(model: nn.Module) -> Iterator[None]:
-    """The next pass sees the same dropout as this one."""
-    if not any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
-        yield
-        return
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices):
+    """The next pass sees the same random numbers as this one: dropout, as a layer or as a function."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)):
         yield

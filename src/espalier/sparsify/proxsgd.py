@@ -127,7 +127,8 @@ class ProxSGD(FlatProximal):
         """
         if isinstance(self.tau, str):
             return []
-        chosen = (self.mu_per_group() > self.tau * self._initial).nonzero().flatten().tolist()
+        bound = (self.mu_per_group() > self.tau * self._initial) & (self._initial > 0)
+        chosen = bound.nonzero().flatten().tolist()
         return [self.grouping.names[i] for i in chosen]
 
     def _warn_if_bound(self) -> None:

@@ -1,4 +1,4 @@
-"""Where gates sit: on the inputs or outputs of named layers, or on the structures of a search space."""
+"""Where gates sit: on the inputs or outputs of named layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from espalier.errors import TrainingError
-from espalier.space.search_space import SearchSpace
 from espalier.space.structure import Slices
 
 
@@ -17,10 +16,9 @@ class Site:
 
     ``layer`` is the dotted path of the layer whose ``side`` ("input" or "output") is multiplied by ``count``
     gates, and ``size`` the weights behind each (|g| in Eq. 17). ``scaled`` are the layer's own parameters
-    that a kept gate may be folded into (none: a kept gate counts as 1 after training); ``slices`` all
-    parameters that go when a gate closes. ``narrow``: a closed gate's unit need not even be computed by the
-    layer before, so that the layer's input arrives narrow in conditional computation. ``structure`` names the
-    structure of a search space.
+    that a kept gate may be folded into; ``slices`` all parameters that go when a gate closes. ``narrow``: a
+    closed gate's unit need not even be computed by the layer before, so that the layer's input arrives narrow
+    in conditional computation.
     """
 
     name: str
@@ -31,7 +29,6 @@ class Site:
     scaled: tuple[Slices, ...]
     slices: tuple[Slices, ...]
     narrow: bool = True
-    structure: str = ""
 
 
 def input_gates(model: nn.Module, layer: str, producer: str | None = None, name: str = "") -> Site:
@@ -91,36 +88,6 @@ def output_gates(model: nn.Module, layer: str, consumers: Sequence[str] = (), na
             )
         below.append(Slices(f"{consumer}.weight", 1, owner.repeat_interleave(block)))
     return Site(name or layer, layer, "output", count, weight.numel() / count, own, (*own, *below))
-
-
-def structure_gates(space: SearchSpace) -> list[Site]:
-    """One gate per structure of a search space, on the output of the last layer of its segment.
-
-    Raises :class:`TrainingError` where a structure's segment has no layer to attach a gate to.
-    """
-    sizes = {name: p.numel() for name, p in space.model.named_parameters()}
-    sites = []
-    for structure in space.structures:
-        for segment in structure.segments:
-            layers = [str(n.target) for n in space.graph[segment].nodes if n.op == "call_module"]
-            if not layers:
-                raise TrainingError(
-                    f"structure '{structure.name}' is made of functions only, without a layer whose output a "
-                    f"gate could multiply: write it with torch.nn layers."
-                )
-            if len(structure.segments) > 1:
-                raise TrainingError(
-                    f"structure '{structure.name}' has several segments that share parameters: no gate fits."
-                )
-            layer = space.trace.graph_module.get_submodule(layers[-1])
-            path = next(path for path, m in space.model.named_modules() if m is layer)
-            linear = isinstance(layer, nn.Linear | nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
-            own = [f"{path}.{name}" for name, _ in layer.named_parameters(recurse=False)] if linear else []
-            scaled = tuple(Slices(name) for name in own if name in structure.parameters)
-            every = tuple(Slices(name) for name in structure.parameters)
-            size = float(sum(sizes[name] for name in structure.parameters))
-            sites.append(Site(structure.name, path, "output", 1, size, scaled, every, structure=structure.name))
-    return sites
 
 
 def _rows(model: nn.Module, layer: str, owner: torch.Tensor) -> tuple[Slices, ...]:

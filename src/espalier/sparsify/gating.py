@@ -1,0 +1,226 @@
+"""What all gates share: their parameters φ, the estimators, and the training step (section 3 of L0-ARM)."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import TrainingError
+from espalier.sparsify.estimators import ESTIMATORS, draw, gradient
+from espalier.sparsify.foreach import flattened
+from espalier.sparsify.hard_concrete import HardConcrete
+from espalier.sparsify.passes import frozen_statistics, same_noise
+from espalier.sparsify.penalty import expected_l0
+from espalier.sparsify.probability import Probability, Sigmoid, draw_phi
+from espalier.sparsify.threshold import histogram_threshold
+
+
+@dataclass(frozen=True)
+class Options:
+    """How gates are trained; see :class:`Gating`."""
+
+    estimator: str = "arm"
+    g: Probability | None = None
+    lam: float | Mapping[str, float] = 0.0
+    examples: int = 1
+    weight_decay: float = 0.0
+    l1: float = 0.0
+    initial: float | Mapping[str, float] = 0.5
+    per_sample: bool = False
+    threshold: float | str = 0.5
+    reference: bool = False
+    seed: int = 0
+
+
+class Gating(nn.Module):
+    """Gates of a model; a subclass says what they multiply. ``phi`` [V] are their parameters, site after site.
+
+    ``names``, ``counts`` and ``sizes`` describe the sites: sizes [V] are the weights behind each gate (|g| of Eq.
+    17).
+    """
+
+    phi: nn.Parameter
+
+    def __init__(self, model: nn.Module, names: Sequence[str], counts: Sequence[int], sizes: Tensor, options: Options):
+        super().__init__()
+        if options.estimator not in ("hc", *ESTIMATORS):
+            raise TrainingError(f"unknown estimator '{options.estimator}': there are hc, {', '.join(ESTIMATORS)}.")
+        self._model = [model]  # in a list, so that the model's parameters stay its own
+        self.names, self.counts = tuple(names), tuple(counts)
+        self.estimator, self.g, self.concrete = options.estimator, options.g or Sigmoid(), HardConcrete()
+        self.weight_decay, self.l1, self.per_sample = options.weight_decay, options.l1, options.per_sample
+        self.threshold, self.reference = options.threshold, options.reference
+        self._generator = torch.Generator().manual_seed(options.seed)
+        pi = self._spread(options.initial, "initial")
+        if bool(((pi <= 0) | (pi >= 1)).any()):
+            raise TrainingError("initial: probabilities lie strictly between 0 and 1.")
+        if self.estimator == "hc":
+            phi = torch.logit(pi) + torch.randn(len(pi), generator=self._generator) * 0.01
+        else:
+            phi = draw_phi(self.g, pi, self._generator)
+        lam = self._spread(options.lam, "lam")
+        if bool((lam < 0).any()) or options.examples < 1:
+            raise TrainingError("lam is at least 0, and examples, the number of training examples, at least 1.")
+        if self.weight_decay < 0 or self.l1 < 0:
+            raise TrainingError("weight_decay and l1 are at least 0.")
+        device = next(model.parameters()).device
+        self.phi = nn.Parameter(phi.to(device))
+        self.register_buffer("_cost", (lam * sizes / options.examples).to(phi.dtype).to(device), persistent=False)
+        self._z: Tensor | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The gated network."""
+        return self._model[0]
+
+    # What the gates are.
+
+    def probabilities(self) -> Tensor:
+        """The probability of every gate to be open [V], site after site."""
+        return self.concrete.open_probability(self.phi) if self.estimator == "hc" else self.g(self.phi)
+
+    def expected(self) -> Tensor:
+        """The value of every gate after training [V]: Eq. (14), or the hard concrete's own."""
+        if self.estimator == "hc":
+            return self.concrete.expected(self.phi)
+        pi = self.g(self.phi)
+        tau = histogram_threshold(pi) if self.threshold == "histogram" else float(self.threshold)
+        return torch.where(pi > tau, pi, 0.0)
+
+    def by_site(self, values: Tensor) -> dict[str, Tensor]:
+        """Split a vector over all gates into one per site."""
+        return dict(zip(self.names, values.split(self.counts), strict=True))
+
+    def open_counts(self) -> dict[str, int]:
+        """How many gates of each site stay open after training."""
+        return {name: int((z > 0).sum()) for name, z in self.by_site(self.expected().detach()).items()}
+
+    # Training.
+
+    @abstractmethod
+    def expected_norm(self, pi: Tensor, order: int) -> Tensor:
+        """``E|θ|`` (order 1, Eqs. 15 and 17) or ``E|θ|²`` (order 2, Eqs. 16 and 18) of the gated parameters, for gates
+        of these probabilities.
+        """
+
+    def penalty(self) -> Tensor:
+        """``λ/N Σ |g| π_g + l1 E|θ| + ½ weight_decay E|θ|²`` (Eqs. 15 to 18), differentiable."""
+        pi = self.probabilities()
+        total = expected_l0(pi, self._buffers["_cost"])  # type: ignore[arg-type]
+        return total + self._of_weights(pi)
+
+    def backward(
+        self,
+        loss: Callable[[], Tensor],
+        batch_size: int | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """Draw gates, evaluate ``loss`` under them, and leave gradients everywhere; returns the loss (mean,
+        no penalty).
+
+        ``loss`` runs the model through ``gates(x)`` and returns the batch's mean loss, or with ``per_sample``
+        one loss per example [B], B = ``batch_size``. Under ``torch.distributed`` all gradients are averaged over
+        ranks, which draw the same gates. Raises :class:`TrainingError` for a loss that is not finite or misshapen.
+        """
+        if self.per_sample and not batch_size:
+            raise TrainingError("per_sample=True: give backward() the batch_size.")
+        shape = (batch_size, len(self.phi)) if self.per_sample else (len(self.phi),)
+        u = torch.rand(shape, generator=self._generator).to(self.phi.device)  # type: ignore[arg-type]
+        partner = None
+        if self.estimator == "hc":
+            f = self._evaluate(loss, self.concrete.sample(self.phi, u))
+        else:
+            with torch.no_grad():
+                z, opposite = draw(self.phi, self.g, u)
+            if self.estimator != "ar":
+                with torch.no_grad(), same_noise(self.model), frozen_statistics(self.model):
+                    partner = self._evaluate(loss, opposite)
+            f = self._evaluate(loss, z)
+        mean = f.mean()
+        if mean.device.type == "cpu" and not bool(torch.isfinite(mean.detach())):
+            raise TrainingError(f"the loss is {float(mean.detach())}: lower the learning rate or clip the gradients.")
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        pi = self.probabilities()
+        torch.autograd.backward([mean, pi], [torch.full_like(mean, scale), scale * self._shrink(pi.detach(), scale)])
+        if self.estimator != "hc":
+            with torch.no_grad():
+                estimate = gradient(self.estimator, f.detach(), partner, u, self.phi, self.g, self.reference)
+                assert self.phi.grad is not None
+                self.phi.grad += estimate * scale
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _average([p.grad for p in (self.phi, *self.model.parameters()) if p.grad is not None])
+        return f.detach().mean()
+
+    def clamp_(self) -> None:
+        """After the optimizer's step, for "hc": keep log α in the authors' range."""
+        if self.estimator == "hc":
+            with torch.no_grad():
+                self.concrete.clamp_(self.phi)
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The random numbers' state, so that a resumed run draws the same gates."""
+        return {"generator": self._generator.get_state()}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        self._generator.set_state(state["generator"])
+
+    # Inside.
+
+    def _of_weights(self, pi: Tensor) -> Tensor:
+        """The penalty on the weights' norms."""
+        total = pi.new_zeros(())
+        if self.l1:
+            total = total + self.l1 * self.expected_norm(pi, 1)
+        if self.weight_decay:
+            total = total + 0.5 * self.weight_decay * self.expected_norm(pi, 2)
+        return total
+
+    def _shrink(self, pi: Tensor, scale: float) -> Tensor:
+        """The penalty's gradient: times ``scale`` added to the weights', returned for π."""
+        of_pi = self._buffers["_cost"].clone()  # type: ignore[union-attr]
+        if not self.weight_decay and not self.l1:
+            return of_pi
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        pi = pi.requires_grad_()
+        with torch.enable_grad():
+            norms = self._of_weights(pi)
+        for_pi, *for_own = torch.autograd.grad(norms, [pi, *own], allow_unused=True)
+        for p, found in zip(own, for_own, strict=True):
+            if found is not None:
+                p.grad = found * scale if p.grad is None else p.grad.add_(found, alpha=scale)
+        return of_pi + for_pi
+
+    def _spread(self, value: float | Mapping[str, float], what: str) -> Tensor:
+        if isinstance(value, Mapping):
+            unknown = set(value) ^ set(self.names)
+            if unknown:
+                raise TrainingError(
+                    f"{what}: '{sorted(unknown)[0]}' is missing or no site's name; the sites are "
+                    f"{', '.join(self.names)}."
+                )
+        per_site = [float(value[name] if isinstance(value, Mapping) else value) for name in self.names]
+        return torch.tensor(per_site).repeat_interleave(torch.tensor(self.counts))
+
+    def _evaluate(self, loss: Callable[[], Tensor], z: Tensor) -> Tensor:
+        self._z = z
+        try:
+            f = loss()
+        finally:
+            self._z = None
+        wanted = (z.shape[0],) if z.ndim > 1 else ()
+        if f.shape != wanted:
+            raise TrainingError(f"the loss has shape {tuple(f.shape)}, expected {wanted}; see per_sample.")
+        return f
+
+
+def _average(gradients: Sequence[Tensor]) -> None:
+    """The mean over all ranks, in one exchange per type."""
+    for kind in dict.fromkeys(g.dtype for g in gradients):
+        mine = [g for g in gradients if g.dtype == kind]
+        joined = flattened(mine)
+        torch.distributed.all_reduce(joined)
+        joined /= torch.distributed.get_world_size()
+        for own, part in zip(mine, joined.split([g.numel() for g in mine]), strict=True):
+            own.copy_(part.view_as(own))

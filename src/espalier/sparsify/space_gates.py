@@ -1,0 +1,342 @@
+"""Gates on the structures of any search space, or on single weights: θ = θ̃ z, with the model left as it is."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils import _pytree as pytree
+
+from espalier.errors import SpaceError, TrainingError
+from espalier.space.search_space import SearchSpace
+from espalier.space.solution import Solution
+from espalier.space.structure import Family, Slices
+from espalier.sparsify import foreach
+from espalier.sparsify.gating import Gating, Options
+from espalier.sparsify.over_open import statistics_over_open
+from espalier.sparsify.probability import Probability
+from espalier.sparsify.scaling import elements, scaled_slices
+from espalier.sparsify.skipping import Skipping
+
+
+class SpaceGates(Gating):
+    """A gate per structure of a search space (segment, channel, head, kernel), or per weight.
+
+    >>> from espalier import construct, search_space
+    >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+    >>> space = search_space(model, x, levels=("channel",))
+    >>> gates = SpaceGates(space, estimator="arm", lam=0.1, examples=100, seed=1)
+    >>> opt = torch.optim.Adam([*model.parameters(), *gates.parameters()], lr=0.01)
+    >>> for _ in range(3):
+    ...     opt.zero_grad()
+    ...     loss = gates.backward(lambda: nn.functional.cross_entropy(gates(x), torch.zeros(16, dtype=torch.long)))
+    ...     opt.step()
+    >>> before, solution = gates(x), gates.solution()
+    >>> gates.finish() is model
+    True
+    >>> torch.allclose(construct(space, solution)(x), before, atol=1e-6)
+    True
+
+    Call ``gates(x)`` in place of ``model(x)``. A gate multiplies the slices of the parameters that write its
+    structure's output, so that a gate at 0 is the structure removed, exactly: norms and means over an axis with
+    closed gates take their statistics over the open ones. Within :meth:`backward` gates are drawn; outside of it
+    they have their value after training, Eq. (14), and structures that cannot go together with the others stay
+    open at their π, in ascending order of it.
+
+    Args:
+        space: the model's search space, at any levels; one site per family.
+        levels: the levels to gate, of the space's, or "weight": one gate per element of every linear and
+            convolutional weight (of ``weights`` alone, where these names of parameters are given).
+        families: names of the space's families to gate; by default all of these levels.
+        per_sample: a draw for each example, by ``torch.func.vmap``: every input has the batch first, and batch
+            norms are in eval mode.
+        conditional: segments whose gate is 0 are not computed (unless a norm over gated channels asks for all).
+
+    All other arguments are those of :class:`Gates`. Raises :class:`TrainingError` for frozen parameters, and where
+    an operator averages over a gated axis in a way that gates do not know.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        levels: Sequence[str] | None = None,
+        families: Sequence[str] | None = None,
+        weights: Sequence[str] | None = None,
+        estimator: str = "arm",
+        g: Probability | None = None,
+        lam: float | Mapping[str, float] = 0.0,
+        examples: int = 1,
+        weight_decay: float = 0.0,
+        l1: float = 0.0,
+        initial: float | Mapping[str, float] = 0.5,
+        per_sample: bool = False,
+        threshold: float | str = 0.5,
+        reference: bool = False,
+        conditional: bool = False,
+        seed: int = 0,
+    ):
+        model = space.model
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        self_families, every, scaled = _families(space, levels, families, weights)
+        _check_trainable(model, self_families)
+        options = Options(
+            estimator, g, lam, examples, weight_decay, l1, initial, per_sample, threshold, reference, seed
+        )
+        counts = [len(f) for f in self_families]
+        sizes = torch.cat([elements(f.slices, shapes, len(f)) for f in self_families])
+        super().__init__(model, [f.name for f in self_families], counts, sizes, options)
+        self.space, self.families = space, self_families
+        device, total = self.phi.device, sum(counts)
+        self._every, self._scaled = _Factors(model, every, total, device), _Factors(model, scaled, total, device)
+        self._open: Tensor | None = None
+        self._resolved: tuple[Any, Tensor] | None = None
+        place = {f.name: k for k, f in enumerate(space.families)}
+        self._starts = starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+        self._structures = [  # first gate, first structure, count
+            (starts[k], int(space.structures.offsets[place[f.name]]), len(f))
+            for k, f in enumerate(self_families)
+            if f.level != "weight"
+        ]
+        self._graph = [statistics_over_open(space, self._open_structures)]
+        self._skipping = Skipping(space) if conditional and self._graph[0] is None else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The gated network."""
+        z = self._z if self._z is not None else self.expected().detach()
+        return self._per_sample(z, args, kwargs) if z.ndim > 1 else self._run(z, args, kwargs)
+
+    def expected(self) -> Tensor:
+        """The value of every gate after training [V]; what cannot go together with the rest is open at its π."""
+        value = super().expected()
+        key = (self.phi._version, id(self.phi), self.threshold)
+        if self._resolved is None or self._resolved[0] != key:
+            self._resolved = (key, self._stays(value.detach()))
+        return torch.where(self._resolved[1], torch.maximum(value, self.probabilities()), value)
+
+    def expected_norm(self, pi: Tensor, order: int) -> Tensor:
+        """``E|θ|`` or ``E|θ|²`` of all gated parameters for gates of these probabilities, Eqs. (15) to (18)."""
+        powers = [p.square() if order == 2 else p.abs() for p in self._every.tensors]
+        return torch.stack([s.sum() for s in foreach.mul(powers, self._every.of(pi))]).sum()
+
+    @torch.no_grad()
+    def expected_macs(self) -> float:
+        """Share of the MACs of layers with a weight that one pass with drawn gates needs, in expectation (Figure 3).
+
+        Every gate is drawn alone, so that a layer's share is the product over its sliced axes of the mean probability
+        that an index is open. "arm" and "disarm" make two passes in training; after it, the cost is that of
+        :meth:`solution`.
+        """
+        pi, macs = self.probabilities(), self._macs
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        share: dict[tuple[str, int], Tensor] = {}
+        for family, start in zip(self.families, self._starts, strict=False):
+            values = torch.cat([pi[start : start + len(family)], pi.new_ones(1)])
+            for s in (*family.slices, *family.readers):
+                owner = torch.zeros(1, dtype=torch.long) if s.owner is None else s.owner
+                at = (s.parameter, -1 if s.owner is None else s.dim or 0)
+                own = values[torch.where(owner < 0, len(family), owner).to(pi.device)]
+                share[at] = share[at] * own if at in share else own
+        total = 0.0
+        for name, amount in macs.items():
+            dims = [share[name, d].mean() for d in range(-1, len(shapes[name])) if (name, d) in share]
+            total += amount * float(torch.stack(dims).prod() if dims else 1.0)
+        return total / max(sum(macs.values()), 1)
+
+    @cached_property
+    def _macs(self) -> dict[str, int]:
+        """MACs of every layer, counted in eval mode: batch norms count their batches even on shapes alone."""
+        modes = [(m, m.training) for m in self.model.modules()]
+        self.model.eval()
+        try:
+            return self.space.macs_by_weight()
+        finally:
+            for m, mode in modes:
+                m.training = mode
+
+    # After training.
+
+    def solution(self) -> Solution:
+        """What stays: closed structures are removed, closed weights are masked.
+
+        ``construct`` of it, once :meth:`finish` has folded the gates into the model, equals the gated network
+        outside of :meth:`backward`.
+        """
+        value = self.expected().detach()
+        removed = self._names((value == 0).tolist(), self.probabilities().tolist())
+        provenance = {"method": f"L0-{self.estimator.upper()}", "open": self.open_counts()}
+        made = self.space.solution(removed, provenance)
+        masks = {
+            f.slices[0].parameter: (z > 0).view(f.grid)
+            for f, z in zip(self.families, value.split(self.counts), strict=True)
+            if f.level == "weight"
+        }
+        return Solution(made.removed, made.fingerprint, masks, made.provenance)
+
+    @torch.no_grad()
+    def finish(self) -> nn.Module:
+        """Fold kept gates into the model's parameters and put closed structures at zero; returns the model."""
+        value = self.expected()
+        foreach.mul_(self._scaled.tensors, self._scaled.of(value))
+        foreach.mul_(self._every.tensors, self._every.of((value > 0).to(value)))
+        return self.model
+
+    # Inside.
+
+    def _run(self, z: Tensor, args: Any, kwargs: Any, listed: bool = True) -> Any:
+        self._open = z > 0
+        factors = self._scaled.of(z)
+        pairs = zip(self._scaled.tensors, factors, strict=True)
+        scaled = foreach.mul(self._scaled.tensors, factors) if listed else [t * f for t, f in pairs]
+        network, named = self._graph[0], dict(zip(self._scaled.names, scaled, strict=True))
+        if self._skipping is not None and listed:
+            closed = (z == 0).tolist()
+            names = [
+                f.name for f, first in zip(self.families, self._starts, strict=False) if f.segments and closed[first]
+            ]
+            return self._skipping(names, named, args, kwargs)
+        if network is not None:
+            network.training = self.model.training
+        return functional_call(self.model if network is None else network, named, args, kwargs)
+
+    def _per_sample(self, z: Tensor, args: Any, kwargs: Any) -> Any:
+        norms = [n for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if norms and self.model.training:
+            raise TrainingError(
+                f"'{norms[0]}' averages over the batch, but per_sample=True runs each example with gates of its own: "
+                "take per_sample=False, or put the model into eval mode."
+            )
+        leaves, form = pytree.tree_flatten((args, kwargs))
+
+        def one(gates: Tensor, *row: Any) -> Any:
+            own_args, own_kwargs = pytree.tree_unflatten([r.unsqueeze(0) for r in row], form)
+            out = self._run(gates, own_args, own_kwargs, listed=False)  # vmap has no rule for lists
+            return pytree.tree_map(lambda t: t.squeeze(0), out)
+
+        return vmap(one, randomness="different")(z, *leaves)
+
+    def _open_structures(self) -> Tensor:
+        """One bool per structure of the space, and a last one that is true."""
+        assert self._open is not None
+        parts, at = [], 0
+        for gate, structure, count in sorted(self._structures, key=lambda s: s[1]):
+            parts += [self._open.new_ones(structure - at), self._open[gate : gate + count]]
+            at = structure + count
+        return torch.cat([*parts, self._open.new_ones(len(self.space) - at + 1)])
+
+    def _names(self, chosen: Sequence[bool], order: Sequence[float]) -> list[str]:
+        """Names of the structures of the chosen gates, in ascending order."""
+        rows = [
+            (order[gate + i], self.space.structures[structure + i].name)
+            for gate, structure, count in self._structures
+            for i in range(count)
+            if chosen[gate + i]
+        ]
+        return [name for _, name in sorted(rows, key=lambda row: row[0])]
+
+    def _stays(self, value: Tensor) -> Tensor:
+        """Which closed gates must open again, because the network would not survive: bool [V]."""
+        closed = (value == 0).tolist()
+        names = self._names(closed, self.probabilities().detach().tolist())
+        goes = set(self.space.removable_in_order(names))
+        stays = torch.zeros(len(value), dtype=torch.bool)
+        for gate, structure, count in self._structures:
+            for i in range(count):
+                if closed[gate + i] and self.space.structures[structure + i].name not in goes:
+                    stays[gate + i] = True
+        return stays.to(value.device)
+
+
+class _Factors:
+    """One factor per element of every parameter, from one value per gate: a gather and views, no loop over gates."""
+
+    def __init__(self, model: nn.Module, slices: Sequence[tuple[int, Slices]], total: int, device: torch.device):
+        own = dict(model.named_parameters())
+        self.names = list(dict.fromkeys(s.parameter for _, s in slices))
+        self.tensors = [own[name] for name in self.names]
+        place = {name: k for k, name in enumerate(self.names)}
+        self._parts: list[tuple[int, list[int]]] = []
+        index = []
+        for start, s in slices:
+            owner = torch.zeros((), dtype=torch.long) if s.owner is None else s.owner
+            dim, ndim = s.dim or 0, own[s.parameter].ndim
+            shape = [1] * dim + list(owner.shape) + [1] * (ndim - dim - owner.ndim)
+            index.append(torch.where(owner < 0, total, owner + start).flatten())
+            self._parts.append((place[s.parameter], shape))
+        self._lengths = [len(i) for i in index]
+        self._index = torch.cat(index).to(device)
+
+    def of(self, z: Tensor) -> list[Tensor]:
+        """A tensor per parameter that broadcasts against it."""
+        entries = torch.cat([z, z.new_ones(1)]).to(self.tensors[0].dtype).index_select(0, self._index)
+        found: list[Tensor | None] = [None] * len(self.tensors)
+        for (k, shape), part in zip(self._parts, entries.split(self._lengths), strict=True):
+            known, view = found[k], part.view(shape)
+            found[k] = view if known is None else known * view
+        return [f for f in found if f is not None]
+
+
+Placed = list[tuple[int, Slices]]
+
+
+def _families(
+    space: SearchSpace, levels: Sequence[str] | None, chosen: Sequence[str] | None, weights: Sequence[str] | None
+) -> tuple[list[Family], Placed, Placed]:
+    """The gated families, and (first gate, slices) of all their slices and of those that gates multiply."""
+    there = list(dict.fromkeys(f.level for f in space.families))
+    wanted = ([] if weights else there) if levels is None else list(levels)
+    unknown = [level for level in wanted if level not in (*there, "weight")]
+    if unknown:
+        raise SpaceError(
+            f"the search space has no level '{unknown[0]}': it has {', '.join(there) or 'none'}, and there is 'weight'."
+        )
+    missing = [name for name in chosen or () if name not in {f.name for f in space.families}]
+    if missing:
+        known = ", ".join(f.name for f in space.families)
+        raise SpaceError(f"no family of the search space is called '{missing[0]}'; there are {known}.")
+    families = [f for f in space.families if f.level in wanted and (chosen is None or f.name in chosen)]
+    if "weight" in wanted or weights:
+        families += _weight_families(space, weights)
+    if not families:
+        raise SpaceError("there is nothing to gate: the search space has no structure of these levels.")
+    every: Placed = []
+    scaled: Placed = []
+    start = 0
+    for family in families:
+        every += [(start, s) for s in family.slices]
+        writes = family.slices if family.level == "weight" else scaled_slices(space, family)
+        scaled += [(start, s) for s in writes]
+        start += len(family)
+    return families, every, scaled
+
+
+def _weight_families(space: SearchSpace, names: Sequence[str] | None) -> list[Family]:
+    own = dict(space.model.named_parameters())
+    if names is None:
+        first = {id(p): name for name, p in own.items()}
+        layers = [m for m in space.model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+        names = list(dict.fromkeys(first[id(m.weight)] for m in layers if m.weight.requires_grad))
+    missing = [name for name in names if name not in own]
+    if missing:
+        raise SpaceError(f"'{missing[0]}' is no parameter of the model (a shared one has its first name only).")
+    return [
+        Family(
+            "weight",
+            name,
+            own[name].numel(),
+            (Slices(name, 0, torch.arange(own[name].numel()).view(own[name].shape)),),
+            grid=tuple(own[name].shape),
+        )
+        for name in names
+    ]
+
+
+def _check_trainable(model: nn.Module, families: Sequence[Family]) -> None:
+    own = dict(model.named_parameters())
+    for family in families:
+        if not any(own[name].requires_grad for name in family.parameters):
+            raise TrainingError(
+                f"'{family.name}' is frozen (requires_grad=False): its gates would have nothing to train with."
+            )

@@ -1,0 +1,113 @@
+"""The recipes of sparse training on random images: every method trains, is cut to the budget, and constructs."""
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from espalier import Budget, construct, search_space
+from espalier.data import Dataset
+from espalier.experiments import gsparsity, l0_wrn, sparse_methods
+from espalier.models.lenet5 import LeNet5
+from espalier.models.wide_resnet import WideResNet
+from espalier.space.chains import meet
+
+
+def images(count: int, channels: int, size: int) -> Dataset:
+    make = np.random.default_rng(0)
+    pixels = make.integers(0, 255, (count, size, size, channels), dtype=np.uint8)
+    return Dataset(
+        "noise",
+        "train",
+        pixels,
+        make.integers(0, 10, count),
+        np.arange(count),
+        10,
+        (0.5,) * channels,
+        (0.5,) * channels,
+    )
+
+
+@pytest.mark.parametrize("method", sparse_methods.METHODS)
+def test_every_method_meets_the_budget(method):
+    torch.manual_seed(0)
+    space = search_space(LeNet5(), (torch.zeros(2, 1, 28, 28),), levels=("channel",))
+    recipe = sparse_methods.Recipe(method, sparse_methods.STRENGTH.get(method, 0.0), macs=0.3, images=200)
+    trainer = sparse_methods.Trainer(recipe, space, steps=6)
+    for i in range(6):
+        make = torch.Generator().manual_seed(i)
+        trainer.step(torch.randn(8, 1, 28, 28, generator=make), torch.randint(10, (8,), generator=make))
+    closed, order = trainer.outcome()
+    assert sorted(order) == sorted(space.structures.names)
+    assert order[: len(closed)] == [n for n in order if n in set(closed)]
+    removed = meet(space, order, Budget(macs=0.3))
+    small = construct(space, space.solution(removed))
+    assert space.cost(removed).macs <= 0.3 * space.cost().macs
+    assert small(torch.randn(3, 1, 28, 28)).shape == (3, 10)
+
+
+def test_group_sparsity_stops_and_goes_on(tmp_path, monkeypatch):
+    """A run in two parts ends as one in one part, and the line says what goes by each reading of zero."""
+    torch.set_num_threads(1)
+    data = images(64, 3, 32)
+    recipe = gsparsity.Recipe("darts-v2", mu=0.5, steps=4, batch_size=8, channels=2, cells=2)
+    ends = []
+    for parts in ((4,), (2, 4)):
+        for steps in parts:
+            space = gsparsity.build(recipe)
+            opt = gsparsity.optimizer(recipe, space)
+            now = gsparsity.Recipe(**{**vars(recipe), "steps": steps})
+            gsparsity.train(now, space, opt, data, tmp_path / f"{len(parts)}.pt")
+        ends.append([p.detach().clone() for p in space.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    monkeypatch.setattr(gsparsity, "images", lambda recipe, held_out: (data, data))
+    line = gsparsity.run(recipe, tmp_path, 0)
+    assert {"before", "support", "norm <= 1e-06", "norm <= 0.001"} <= set(line)
+    none = line["norm <= 1e-06"]
+    assert (none["removed"], none["after"]) == (0, line["before"])
+
+
+def test_wide_resnet_with_gates():
+    torch.manual_seed(0)
+    data = images(40, 3, 32)
+    recipe = l0_wrn.Recipe(depth=10, width=1)
+    gates = l0_wrn.gated(recipe, 40)
+    opt = torch.optim.SGD(l0_wrn.parameters(gates, 5e-4), lr=0.1)
+    x, y = torch.randn(6, 3, 32, 32), torch.randint(10, (6,))
+    assert torch.isfinite(l0_wrn.one_step(gates, opt, x, y))
+    with torch.no_grad():
+        gates.phi[::2] = -1.0
+    before = {name: t.clone() for name, t in gates.model.state_dict().items()}
+    line = l0_wrn.report(gates, data, 0)
+    assert line["closed"] == 56
+    assert 0 < line["macs"] < 1
+    assert 0 < line["expected_macs"] < 1
+    assert all(torch.equal(t, before[name]) for name, t in gates.model.state_dict().items())
+
+
+def test_wide_resnet_sizes():
+    """Counts of WRN-16-4 and WRN-28-10 by hand: convolutions, two norms a block, one at the end, and the classifier."""
+    for depth, width in ((16, 4), (28, 10)):
+        widths, total = [16, 16 * width, 32 * width, 64 * width], 3 * 16 * 9
+        for a, b in itertools.pairwise(widths):
+            for i in range((depth - 4) // 6):
+                inputs = a if i == 0 else b
+                total += 9 * inputs * b + 9 * b * b + 2 * inputs + 2 * b + (inputs * b if i == 0 else 0)
+        total += 2 * widths[-1] + 10 * widths[-1] + 10
+        with torch.device("meta"):
+            assert sum(p.numel() for p in WideResNet(depth, width).parameters()) == total
+    with pytest.raises(ValueError, match="6 n"):
+        WideResNet(15)
+    assert isinstance(WideResNet(10, 1).stages, nn.Sequential)
+
+
+def test_the_guide_runs_as_printed():
+    guide = Path(__file__).parents[1] / "docs" / "sparse_training.md"
+    names: dict[str, object] = {}
+    torch.manual_seed(0)
+    for code in re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL):
+        exec(compile(code, guide.name, "exec"), names)
