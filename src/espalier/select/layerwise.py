@@ -135,8 +135,8 @@ def prune_layers(
         return prune_together(model, pairs, batches, sizes, ridge=ridge, watch=watch)
     select = SELECTORS[method] if isinstance(method, str) else method
     if not sequential:
-        items = zip(pairs, problems, sizes, strict=True)
-        return [_result(model, *item, select) for item in watch(list(items), "choosing units")]
+        items = list(zip(pairs, problems, sizes, strict=True))
+        return [_result(model, pair, p, size, select) for pair, p, size in watch(items, "choosing units")]
     student, results = copy.deepcopy(model), []
     for index, (pair, size) in enumerate(zip(pairs, sizes, strict=True)):
         problem = problems[index]
