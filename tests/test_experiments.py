@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from espalier.cli import main
 from espalier.experiments import logs, training
 from espalier.experiments.config import METHODS, Run
 from espalier.experiments.methods import nearest
+from espalier.experiments.modules import EXPERIMENTS, Experiment
 from espalier.experiments.networks import NETWORKS
 from espalier.experiments.ranks import join
 from espalier.experiments.recipe import all_recipes, cuts, smoke
@@ -214,3 +216,21 @@ def test_a_device_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.C
         pytest.skip("there is a CUDA device")
     assert main(["reproduce", "asgssd-table1", "--device", "cuda", "--out", str(tmp_path)]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_other_papers_experiments_are_listed_and_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce"]) == 0
+    listed = capsys.readouterr().out
+    for name, experiment in EXPERIMENTS.items():
+        assert name in listed
+        assert set(experiment.scales) == {"smoke", "short", "paper"}
+        assert find_spec(experiment.module) is not None
+        assert all("{" not in part for scale in experiment.scales for part in experiment.command(scale, tmp_path))
+
+
+def test_an_experiment_runs_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trivial = Experiment("one line", "timeit", {"smoke": "-n 1 -r 1 pass"})
+    monkeypatch.setitem(EXPERIMENTS, "trivial", trivial)  # type: ignore[arg-type]
+    assert main(["reproduce", "trivial", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "trivial-smoke").is_dir()
+    assert main(["reproduce", "trivial", "--scale", "paper", "--out", str(tmp_path)]) != 0

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from espalier.data import DataError
 from espalier.errors import EspalierError
+from espalier.experiments import modules
 from espalier.experiments.config import Run
 from espalier.experiments.logs import explain_logs
 from espalier.experiments.ranks import join
@@ -22,12 +23,6 @@ from espalier.experiments.training import is_done, train
 from espalier.report.operators import quantity
 
 __all__ = ["Reproduce", "Row", "reproduce", "rows"]
-
-
-_MODULES = tuple(
-    f"python -m espalier.experiments.{name}"
-    for name in ("chita", "gsparsity", "gsparsity_mlp", "ispasp", "ispasp_resnet", "ispasp_vit", "l0")
-)
 
 
 @dataclass(frozen=True)
@@ -77,8 +72,11 @@ def reproduce(command: Reproduce, console: Console) -> bool:
     if command.name == "list":
         for recipe in all_recipes().values():
             console.print(f"[bold]{recipe.name}[/]  {recipe.title}", soft_wrap=True)
-        console.print(f"Other papers' experiments are modules: {', '.join(_MODULES)}", soft_wrap=True)
+        for name, experiment in modules.EXPERIMENTS.items():
+            console.print(f"[bold]{name}[/]  {experiment.title}", soft_wrap=True)
         return True
+    if command.name in modules.EXPERIMENTS:
+        return modules.run(command.name, command.scale, command.out, console)
     recipe = find(command.name)
     if command.threads:
         torch.set_num_threads(command.threads)
