@@ -193,6 +193,49 @@ def test_a_sigmoid_leaves_a_half_which_goes_into_the_next_bias() -> None:
     assert_same(space.masked(space.solution(["0[2]"])), small, x)
 
 
+class Standardised(nn.Conv2d):
+    """Every filter has mean 0 and variance 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = nn.functional.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True)
+        return nn.functional.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=1)
+
+
+def test_filters_that_are_standardised() -> None:
+    """They go; what reads them stays whole if it is standardised as well, since its statistics run over its inputs."""
+    torch.manual_seed(0)
+    net = nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU(), Standardised(4, 2, 3)).double()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    space = espalier.search_space(net, x, levels=("channel",))
+    assert [f.name for f in space.families] == ["0"]
+    solution = space.solution(["0[1]", "0[6]"])
+    small = espalier.construct(space, solution)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
+    assert_same(space.masked(solution), small, x)
+
+
+class Empty(nn.Module):
+    """Reads a slice without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        return self.b(torch.cat([y, y[:, 8:]], 1))
+
+
+def test_a_slice_without_elements() -> None:
+    x = torch.randn(2, 3, dtype=torch.float64)
+    space = espalier.search_space(Empty().double(), x, levels=("channel",))
+    assert_same(
+        space.masked(s := space.solution([n for f in space.families for n in f.names[:3]])),
+        espalier.construct(space, s),
+        x,
+    )
+
+
 def test_a_layer_norm_averages_over_what_stays() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
     x = torch.randn(5, 3, dtype=torch.float64)

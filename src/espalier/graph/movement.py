@@ -27,6 +27,8 @@ class Movement:
 
     def depends(self, digit: Flat) -> dict[int, Flat] | None:
         """Per output axis along which the digit varies, how far it moves; None unless the moves add up."""
+        if not digit.size:
+            return {}  # nothing is left of the axis
         if (digit < 0).any():
             return None
         origin = digit[(0,) * digit.ndim]

@@ -259,8 +259,11 @@ def per_channel(build: Build, node: fx.Node, values: list[Value]) -> Value | Non
         return None
     if any(not torch.equal(next(iter(b.values())), value.kept[1]) for b in boxes):
         return None
-    scale = values[1]
-    zero = isinstance(scale, Narrowed) and zero_at(scale, 0) and all(zero_at(v, 0) for v in values[2:3])
+    if len(values) == 1:  # neither scale nor running averages: a channel of zeros stays zero
+        zero = zero_at(value, 1)
+    else:
+        scale = values[1]
+        zero = isinstance(scale, Narrowed) and zero_at(scale, 0) and all(zero_at(v, 0) for v in values[2:3])
     if not zero:
         return None
     new = build.copy(node, [v.node for v in values if isinstance(v, Narrowed)])
