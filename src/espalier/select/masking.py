@@ -75,7 +75,8 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.o
     apply_masks(model, masks)
     clear_state(model, masks, optimizer)
     parameters, gone = _masked(model, masks)
-    keep, tensors = [~mask for mask in gone], list[Tensor](parameters)
+    tensors = list[Tensor](parameters)
+    keep = [(~mask).to(p.dtype) for p, mask in zip(parameters, gone, strict=True)]  # one type: the fused path
 
     def before(*_: object) -> None:
         some = [(p.grad, k) for p, k in zip(parameters, keep, strict=True) if p.grad is not None]
