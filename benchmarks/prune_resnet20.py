@@ -1,7 +1,7 @@
 """One call of espalier.prune on a trained ResNet-20: every saliency with every ranking, no fine-tuning.
 
-ESPALIER_DATA=… python benchmarks/prune_resnet20.py            # resumes
-python benchmarks/prune_resnet20.py --table                    # only writes docs/results/prune.md
+    ESPALIER_DATA=… python benchmarks/prune_resnet20.py            # resumes
+    python benchmarks/prune_resnet20.py --table                    # only writes docs/results/prune.md
 
 The dense checkpoint, CIFAR-10. Gradients and batch-norm statistics come from 1,024 training images, accuracy from
 the 10,000 test images, looked at once per row; the defaults of the library were chosen on training images.
