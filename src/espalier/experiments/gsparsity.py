@@ -157,7 +157,7 @@ def recalibrate(model: nn.Module, data: Dataset, seed: int, count: int = 40) -> 
         m.reset_running_stats()
         m.momentum = None  # the plain mean over all batches
     model.train()
-    for i, (x, _) in enumerate(Batches(data, 128, seed, Augment(pad=4, flip=True), drop_last=True)):
+    for i, (x, _) in enumerate(Batches(data, min(128, len(data)), seed, Augment(pad=4, flip=True), drop_last=True)):
         model(x)
         if i + 1 == count:
             break
