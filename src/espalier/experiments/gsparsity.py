@@ -121,12 +121,13 @@ def train(recipe: Recipe, space: SearchSpace, opt: FlatProximal, data: Dataset, 
     """All steps, from the checkpoint where there is one, in mixed precision; the last loss."""
     model = space.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     batches = Batches(data, recipe.batch_size, recipe.seed, Augment(pad=4, flip=True), drop_last=True)
+    loss = torch.tensor(float("nan"))
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["opt"])
         batches.load_state_dict(state["batches"])
-    loss = torch.zeros(())
+        loss = torch.tensor(state.get("loss", float("nan")))
     while opt.steps_done < recipe.steps:
         for x, y in batches:
             model.train()
@@ -147,6 +148,24 @@ def train(recipe: Recipe, space: SearchSpace, opt: FlatProximal, data: Dataset, 
     return float(loss.detach())
 
 
+@torch.no_grad()
+def recalibrate(model: nn.Module, data: Dataset, seed: int, count: int = 40) -> None:
+    """Take the norms' statistics anew: with a large constant ε the weights move faster than running means follow."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # the plain mean over all batches
+    model.train()
+    for i, (x, _) in enumerate(Batches(data, min(128, len(data)), seed, Augment(pad=4, flip=True), drop_last=True)):
+        model(x)
+        if i + 1 == count:
+            break
+    for m, momentum in zip(norms, before, strict=True):
+        m.momentum = momentum
+    model.eval()
+
+
 def run(recipe: Recipe, out: Path, held_out: int) -> dict[str, Any]:
     """Train, remove what is zero, and compare."""
     data, test = images(recipe, held_out)
@@ -155,6 +174,7 @@ def run(recipe: Recipe, out: Path, held_out: int) -> dict[str, Any]:
     start = time.process_time()
     loss = train(recipe, space, opt, data, out / f"{recipe.name}.pt")
     line: dict[str, Any] = {**asdict(recipe), "loss": round(loss, 4), "cpu_s": round(time.process_time() - start, 1)}
+    recalibrate(space.model, data, recipe.seed)
     line |= {"groups": len(opt.grouping), "images": len(test), "before": right(space.model, test)}
     readings = {"support": opt.zero_groups(), f"support for {PATIENCE} steps": opt.zero_groups(patience=PATIENCE)}
     readings |= {f"norm <= {t:g}": opt.zero_groups(threshold=t) for t in (1e-6, 1e-3)}

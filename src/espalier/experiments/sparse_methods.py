@@ -122,7 +122,10 @@ class Trainer:
         names = list(self.space.structures.names)
         if self.gates is not None:
             pi = self.gates.probabilities().detach()
-            order = [names[i] for i in pi.argsort().tolist()]
+            relative = torch.cat(
+                [p / p.mean() for p in self.gates.by_site(pi).values()]
+            )  # as "relative" does for norms
+            order = [names[i] for i in relative.argsort().tolist()]
             closed = list(self.gates.solution().removed)
             self.gates.finish()
         elif isinstance(self.opt, H2SPG):
