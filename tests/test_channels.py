@@ -328,3 +328,26 @@ def test_a_narrowed_network_is_read_in_another_process(tmp_path: Path) -> None:
     )
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={**os.environ, "PYTHONPATH": path})
+
+
+def test_the_encoder_layer_of_torch() -> None:
+    """Its fused kernel in eval mode must not pass over norms that average over what stays."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(12, 3, 24, dropout=0.0, batch_first=True)
+    net = nn.Sequential(nn.Linear(5, 12), layer, nn.Linear(12, 2)).double().eval()
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    space = espalier.search_space(net, x, levels=("channel", "head"))
+    solution = space.solution([f.name_of(i) for f in space.families for i in range(len(f) // 2)])
+    small = espalier.construct(space, solution)
+    assert_same(space.masked(solution), small, x)
+    with torch.no_grad():
+        torch.testing.assert_close(space.masked(solution).eval()(x), small.eval()(x))
+
+
+def test_macs_are_counted_in_any_mode() -> None:
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)).train(), torch.randn(2, 3, 6, 6)
+    space = espalier.search_space(net, x, levels=("channel",))
+    net.train()
+    assert space.macs_by_weight() == {"0.weight": 16 * 8 * 27, "2.weight": 16 * 16}
+    assert int(net[1].num_batches_tracked) == 0
+    assert net.training

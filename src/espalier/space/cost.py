@@ -46,15 +46,22 @@ def count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         state: dict[str, torch.Tensor] = {
             name: mode.from_tensor(t) for name, t in (*model.named_parameters(), *model.named_buffers())
         }
-        modes = [(m, m.training) for m in model.modules()]
-        try:
-            model.eval()
+        with evaluating(model):
             torch.func.functional_call(model, state, fake_args, fake_kwargs, tie_weights=True)
-        finally:
-            for module, training in modes:
-                module.training = training
     batch = next((t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim), 1)
     return counter.get_total_flops() // 2 // max(int(batch), 1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and every module's own mode afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
@@ -85,9 +92,10 @@ def macs_per_node(trace: Trace) -> dict[fx.Node, int]:
             found[n] = (counter.get_total_flops() - before) // 2 // batch
             return result
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, every_product() as counter:
+    network = trace.graph_module
+    with evaluating(network), FakeTensorMode(allow_non_fake_inputs=True) as mode, every_product() as counter:
         inputs = [mode.from_tensor(v) if hasattr(v, "untyped_storage") else v for v in trace.flat_inputs()]
-        Counter(trace.graph_module).run(*inputs, enable_io_processing=False)
+        Counter(network).run(*inputs, enable_io_processing=False)
     return found
 
 

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.benchmark import Timer
 
 from espalier.space.amounts import Amounts, Axis, Row, Work
+from espalier.space.cost import evaluating
 
 if TYPE_CHECKING:
     from espalier.space.search_space import SearchSpace
@@ -59,9 +60,9 @@ def latencies(
     # Freed once, a large block makes glibc keep memory that it would else return and fault in again at every run:
     # without it the time depends on what the process happened to allocate before.
     torch.empty(LARGE, dtype=torch.uint8)
-    with ExitStack() as stack:
+    with torch.no_grad(), ExitStack() as stack:
         for model in models:
-            stack.enter_context(_evaluating(model))
+            stack.enter_context(evaluating(model))
         calls = [max(1, int(seconds / TURNS / max(timer.timeit(2).mean, 1e-9))) for timer in timers]
         turns = [[timer.timeit(n).mean for timer, n in zip(timers, calls, strict=True)] for _ in range(TURNS)]
     return [statistics.median(times) for times in zip(*turns, strict=True)]
@@ -127,7 +128,7 @@ class _Table:
 
         graph = self.trace.graph_module
         inputs = [t.to(self.device) if isinstance(t, Tensor) else t for t in self.trace.flat_inputs()]
-        with _evaluating(graph), Progress(console=Console(stderr=True), transient=True) as bar:
+        with torch.no_grad(), evaluating(graph), Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("timing operators", total=len(graph.graph.nodes))
             Run(graph).run(*inputs, enable_io_processing=False)
         return found
@@ -178,15 +179,3 @@ def _narrower(layer: Any, x: Tensor, shares: tuple[float, float], widths: tuple[
         small = type(layer)(inputs, outputs, layer.kernel_size, **options)
     narrow = torch.rand(shape, device=x.device).to(x.dtype)
     return lambda: small(narrow)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -5,6 +5,7 @@ takes its statistics over what stays of it, and yields zeros elsewhere.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -101,6 +102,8 @@ def _as_graph(trace: Trace, model: nn.Module, affected: Mapping[fx.Node, dict[in
 
 class _StatisticsOverKept(nn.Module):
     """Applies a norm or a mean to what stays, and yields zeros elsewhere (or one value, where the axis vanishes)."""
+
+    eps = math.nan  # equal to no other: nn.TransformerEncoderLayer then leaves its fused kernel, which knows no axes
 
     def __init__(self, operator: object, kept: dict[int, Tensor], ndim: int):
         super().__init__()
