@@ -147,3 +147,25 @@ def test_a_failed_trace_leaves_the_model_as_it_was():
     assert net.block.training
     assert not net.out.training
     assert "training" not in vars(nn.Module)
+
+
+class Cache:
+    """An object that torch.export does not know."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+class ReturnsCache(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+        y = self.a(x)
+        return y, Cache(y)
+
+
+def test_an_unknown_output_names_the_cache() -> None:
+    with pytest.raises(TraceError, match="use_cache"):
+        trace(ReturnsCache(), torch.randn(2, 3))

@@ -171,6 +171,11 @@ def _explained(model: nn.Module, error: Exception) -> TraceError:
             "the forward code decides by the values of a tensor (if/while/int() on a tensor). "
             "Decide by shapes or flags instead, or use torch.where / torch.cond."
         )
+    elif "not a known type" in str(error):
+        advice = (
+            "the model returns an object that is no tensor, tuple, list or dict of tensors. A model of transformers "
+            "returns its cache: pass kwargs={'use_cache': False}. For a class of your own, register a pytree."
+        )
     elif isinstance(error, (TypeError, RuntimeError, ValueError, IndexError)):
         advice = (
             "the model's own forward failed on the example inputs. Run model(*args, **kwargs) with the same "

@@ -1,6 +1,7 @@
 """Latency: measured for whole networks, predicted for sub-networks from a table of measured operators."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -128,7 +129,7 @@ class _Table:
 
         graph = self.trace.graph_module
         inputs = [t.to(self.device) if isinstance(t, Tensor) else t for t in self.trace.flat_inputs()]
-        with torch.no_grad(), evaluating(graph), Progress(console=Console(stderr=True), transient=True) as bar:
+        with torch.no_grad(), evaluating(graph), _progress() as bar:
             task = bar.add_task("timing operators", total=len(graph.graph.nodes))
             Run(graph).run(*inputs, enable_io_processing=False)
         return found
@@ -163,6 +164,11 @@ class _Table:
     def _wait(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
+
+
+def _progress() -> Progress:
+    """On a terminal only."""
+    return Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def _narrower(layer: Any, x: Tensor, shares: tuple[float, float], widths: tuple[int, int]) -> Callable[[], Any]:

@@ -69,9 +69,7 @@ def select(space: "SearchSpace", scores: Tensor, budget: Budget, ranking: str = 
         if again == targets:
             break
         targets = again
-    if best is None:
-        raise BudgetError(asked.unmet())
-    choice, widths, real = best
+    choice, widths, real = best or asked.smallest()
     return Selection(_names(space, choice, widths, values), real)
 
 
@@ -93,6 +91,17 @@ class _Asked:
         self.brackets = dict.fromkeys(self.bounds, (-np.inf, np.inf))
         if "latency" in self.bounds:
             self._calibrate()
+
+    def smallest(self) -> tuple[Choice, Widths, dict[str, float]]:
+        """As little as can stay, if that is within the budget; else :class:`BudgetError`, naming it as the least."""
+        choice, widths = self._smallest()
+        real = self.measured(_names(self.space, choice, widths, self.scores))
+        if within(real, self.bounds):
+            return choice, widths, real
+        said = ", ".join(f"{name}={real[name] / max(self.full[name], 1e-300):.3f}" for name in self.bounds)
+        raise BudgetError(
+            f"{self.budget} cannot be met by the {len(self.space)} structures of this space: the least is {said}."
+        )
 
     def _calibrate(self) -> None:
         """A line through what is predicted and what is measured, for the full and for the smallest network."""
@@ -155,13 +164,6 @@ class _Asked:
             margin = 0.1 * (high - low)
             found[name] = min(max(line, low + margin), high - margin) if np.isfinite(margin) else line
         return found
-
-    def unmet(self) -> str:
-        """What cannot be met, and the nearest."""
-        choice, widths = self._smallest()
-        nearest = self.measured(_names(self.space, choice, widths, self.scores))
-        said = ", ".join(f"{name}={nearest[name] / max(self.full[name], 1e-300):.3f}" for name in self.bounds)
-        return f"{self.budget} cannot be met by the {len(self.space)} structures of this space: the least is {said}."
 
 
 def _solved(
