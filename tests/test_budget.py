@@ -59,6 +59,7 @@ def test_fractions_amounts_and_units() -> None:
         ({"round_to": 8}, "empty budget"),
         ({"params": -0.1}, "between 0 and 1"),
         ({"params": float("nan")}, "between 0 and 1"),
+        ({"macs": 1.5}, "between 0 and 1"),
         ({"latency": 5}, "unit, '5ms' say"),
         ({"latency": "5 parsecs"}, "one of the units s, ms, us"),
         ({"macs": "5ms"}, "one of the units k, M, G, T"),

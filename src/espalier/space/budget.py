@@ -119,8 +119,10 @@ def _amount(name: str, value: Bound, full: float) -> float:
         if match is None or match[2] not in units:
             raise BudgetError(f"{name}={value!r}: a number and one of the units {', '.join(filter(None, units))}.")
         return float(match[1]) * units[match[2]]
-    if not value >= 0.0:
-        raise BudgetError(f"{name}={value}: the fraction that may stay lies between 0 and 1; an amount is above 1.")
+    if not value >= 0.0 or (value > 1.0 and not float(value).is_integer()):
+        raise BudgetError(
+            f"{name}={value}: the fraction that may stay lies between 0 and 1; an amount is a whole number above 1."
+        )
     if value <= 1.0:
         return value * full
     if name == "latency":
