@@ -1,7 +1,7 @@
 """What half of the MACs is worth in milliseconds: eager and compiled, with and without aligned widths.
 
-python benchmarks/latency.py            # resumes; one process per model
-python benchmarks/latency.py --table    # only writes docs/results/latency.md
+    python benchmarks/latency.py            # resumes; one process per model
+    python benchmarks/latency.py --table    # only writes docs/results/latency.md
 
 For each model: the full network, half of its MACs, half of its MACs with ``round_to=8``, and half of its latency, all
 by ``espalier.prune`` with its defaults. The variants are run in turns, so that the machine's other load falls on
