@@ -206,8 +206,8 @@ def slower(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     return [
         f"Where Torch-Pruning works, espalier takes {statistics.median(ratios):.1f} times as long in the median "
         f"({min(ratios):.1f} to {max(ratios):.1f}):",
-        "nearly all of it is `torch.export` of the model, once in eval and once in train mode, which is what lets it take",
-        "the models that fail there.",
+        "nearly all of it is `torch.export` of the model, once in eval and once in train mode, which is what lets it",
+        "take the models that fail there.",
     ]
 
 
