@@ -44,6 +44,7 @@ def load(name: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     if name != "llama":
         return getattr(import_torchvision().models, name)(weights=None).eval(), torch.randn(1, 3, 224, 224)
+    import_torchvision()  # transformers imports it by itself, and may not find its operators
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
