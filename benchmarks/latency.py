@@ -97,7 +97,7 @@ def write() -> None:
         "# Half of the MACs in milliseconds",
         "",
         *(__doc__ or "").split("\n")[2:],
-        f"2-core x86 CPU, torch {torch.__version__.split('+')[0]}, float32, batch of 1, 2026-11-21; other work ran",
+        f"2-core x86 CPU, one thread (OMP_NUM_THREADS=1), torch {torch.__version__.split('+')[0]}, float32, batch of 1, 2026-11-21; other work ran",
         "beside it. In brackets: the share of the full network's.",
         "",
         "| model | variant | MACs | eager, ms | compiled, ms | prune, s |",

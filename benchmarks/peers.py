@@ -217,7 +217,7 @@ def write() -> None:
         "# Beside the peers",
         "",
         *(__doc__ or "").split("\n")[2:],
-        "2-core x86 CPU, torch 2.13, Torch-Pruning 1.6.1, only_train_once 3.0.1, 2026-11-21; other work ran beside it.",
+        "2-core x86 CPU, one thread (OMP_NUM_THREADS=1), torch 2.13, Torch-Pruning 1.6.1, only_train_once 3.0.1, 2026-11-21; other work ran beside it.",
         f"Limit: {LIMIT} s. Cells: time to build + to prune, parameters left, difference from the masked network. In",
         "bold: not smaller, or not equal. Torch-Pruning removes the channels of least magnitude, the others'",
         "are random. Ours includes the check that the model's own class does the same as the graph. A network with",
