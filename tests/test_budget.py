@@ -258,6 +258,8 @@ def test_latencies_are_not_for_an_order() -> None:
         espalier.DHSPG(space, budget=Budget(latency=0.5), lr=0.1)
     with pytest.raises(BudgetError, match="not Budget"):
         space.sample(Budget(latency=0.5))
+    with pytest.raises(BudgetError, match="holds no round_to"):
+        space.sample(Budget(params=0.5, round_to=4))
 
 
 # Widths.

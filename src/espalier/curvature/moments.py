@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from espalier.curvature.symmetric import add_symmetric
 from espalier.curvature.watch import Watch, agreed, unwatched
+from espalier.space.cost import evaluating
 
 
 @dataclass
@@ -276,17 +277,6 @@ def _tapped(model: nn.Module, names: Sequence[str], note: Callable[[str, nn.Modu
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module):
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _reached(found: Mapping[str, Moments], names: Sequence[str]) -> None:

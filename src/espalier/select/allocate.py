@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.curvature.moments import call, evaluating
+from espalier.curvature.moments import call
+from espalier.space.cost import evaluating
 
 
 def allocate(

@@ -79,6 +79,8 @@ def prune_structures(
     options = options or FamilyOptions()
     if not set(budget.given) <= {"structures", "params", "macs"}:
         raise BudgetError(f"structured CHITA holds bounds on structures, params and macs, not {budget}.")
+    if budget.shapes_widths:
+        raise BudgetError(f"structured CHITA holds no round_to, min_keep or max_keep: {budget}.")
     model = copy.deepcopy(space.model)
     modes = {name: module.training for name, module in model.named_modules()}
     samples: Any = list(data) if hasattr(data, "__next__") else data

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.curvature.moments import Moments, call, collect, collect_paired, evaluating, input_columns
+from espalier.curvature.moments import Moments, call, collect, collect_paired, input_columns
 from espalier.curvature.watch import Watch, unwatched
 from espalier.select.allocate import allocate, mac_cost
 from espalier.select.auxiliary import AuxiliaryOptions, auxiliary, auxiliary_layers
@@ -19,6 +19,7 @@ from espalier.select.gfs import gfs
 from espalier.select.ispasp import ispasp
 from espalier.select.omp import omp, omp_path
 from espalier.select.refit import RIDGE, Path, Reconstruction, Selection, from_moments
+from espalier.space.cost import evaluating
 
 Selector = Callable[[Reconstruction, int], Selection]
 

@@ -73,6 +73,11 @@ class Budget:
         """The bounds that are set, by name."""
         return {name: value for name in BOUNDS if (value := getattr(self, name)) is not None}
 
+    @property
+    def shapes_widths(self) -> bool:
+        """Whether ``round_to``, ``min_keep`` or ``max_keep`` say what families keep."""
+        return self.round_to != 1 or self.min_keep is not None or self.max_keep != 1.0
+
     def bounds(self, full: Mapping[str, float]) -> dict[str, float]:
         """The bounds as amounts, given the full network's.
 

@@ -21,6 +21,8 @@ def meet(space: "SearchSpace", order: Sequence[str], budget: Budget) -> list[str
     """
     if not set(budget.given) <= {"structures", "params", "macs"}:
         raise BudgetError(f"an order of structures meets bounds on structures, params and macs, not {budget}.")
+    if budget.shapes_widths and any(f.components is not None for f in space.families):
+        raise BudgetError(f"an order of structures holds no round_to, min_keep or max_keep: {budget}.")
     least = budget.structures_to_remove(len(space))
     fits = _Within(space, budget)
     chain = space.removable_in_order(order)

@@ -147,14 +147,8 @@ class SpaceGates(Gating):
 
     @cached_property
     def _macs(self) -> dict[str, int]:
-        """MACs of every layer, counted in eval mode: batch norms count their batches even on shapes alone."""
-        modes = [(m, m.training) for m in self.model.modules()]
-        self.model.eval()
-        try:
-            return self.space.macs_by_weight()
-        finally:
-            for m, mode in modes:
-                m.training = mode
+        """MACs of every layer, counted once."""
+        return self.space.macs_by_weight()
 
     # After training.
 
