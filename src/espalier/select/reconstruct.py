@@ -25,7 +25,7 @@ from espalier.select.layerwise import (
 from espalier.select.omp import omp_path
 from espalier.select.refit import RIDGE
 from espalier.space.budget import Budget, within
-from espalier.space.latency import latency, timed
+from espalier.space.gauge import Gauge
 from espalier.space.search_space import SearchSpace
 from espalier.space.selection import ROUNDS, USUAL_FLOOR
 from espalier.space.solution import Solution
@@ -205,22 +205,16 @@ def _within(
     space: SearchSpace, families: Sequence[Family], curves: Sequence[Tensor], budget: Budget, multiple: int
 ) -> list[int]:
     """The sizes by marginal error that keep every bound of the budget, checked on the network of these sizes."""
-    if "weights" in budget.given:
-        raise BudgetError("weights= bounds single weights, and units are chosen here: use a method for weights.")
+    gauge = Gauge(space, budget)
     position = {f.name: k for k, f in enumerate(space.families)}
     at = [position[f.name] for f in families]
-    full: dict[str, float] = {"structures": float(len(space)), **vars(space.cost())}
-    table, live = space.amounts, space.validity.live({})
-    if "latency" in budget.given:
-        full["latency"] = latency(space.model, space.trace.args, space.trace.kwargs)
-        table = timed(space, full["latency"])
-    bounds = budget.bounds(full)
+    live, bounds = space.validity.live({}), gauge.bounds
     targets = dict(bounds)
 
     def predicted(sizes: Sequence[int]) -> dict[str, float]:
         removed = np.zeros(len(space.families))
         removed[at] = [f.count - size for f, size in zip(families, sizes, strict=True)]
-        known = dict(zip(table.kinds, table(removed, live).tolist(), strict=True))
+        known = dict(zip(gauge.table.kinds, gauge.table(removed, live).tolist(), strict=True))
         return {**known, "structures": len(space) - removed.sum()}
 
     def used(sizes: Sequence[int]) -> float:
@@ -228,7 +222,14 @@ def _within(
         amounts = predicted(sizes)
         return max(amounts[name] / max(bound, 1e-300) for name, bound in targets.items())
 
-    sizes, real = [f.count for f in families], full
+    sizes = [f.count for f in families]
+
+    def measured() -> dict[str, float]:
+        """What a network of these sizes takes, whichever units they are."""
+        return gauge.measured(
+            [f.name_of(i) for f, size in zip(families, sizes, strict=True) for i in range(size, f.count)]
+        )
+
     for _ in range(ROUNDS):
         for floor in (USUAL_FLOOR, 0.0):
             widths = Widths(space.families, np.zeros(len(space)), budget, floor)
@@ -240,27 +241,15 @@ def _within(
                 sizes = [each[0] for each in allowed]
         else:
             break
-        real = _measured(space, families, sizes, bounds)
+        real = measured()
         if within(real, bounds):
             return sizes
         targets = {name: t * min(1.0, 0.99 * bounds[name] / real[name]) for name, t in targets.items()}
-    real = _measured(space, families, sizes, bounds)
-    nearest = ", ".join(f"{name}={real[name] / max(full[name], 1e-300):.3f}" for name in bounds)
+    real = measured()
     raise BudgetError(
-        f"{budget} cannot be met by the {len(families)} families that can be refitted: the nearest is {nearest}."
+        f"{budget} cannot be met by the {len(families)} families that can be refitted: "
+        f"the nearest is {gauge.shares(real)}."
     )
-
-
-def _measured(
-    space: SearchSpace, families: Sequence[Family], sizes: Sequence[int], bounds: Mapping[str, float]
-) -> dict[str, float]:
-    """What a network of these sizes takes, whichever units they are."""
-    names = [f.name_of(i) for f, size in zip(families, sizes, strict=True) for i in range(size, f.count)]
-    amounts: dict[str, float] = {"structures": float(len(space) - len(names)), **vars(space.cost(names))}
-    if "latency" in bounds:
-        model = space.zero_parameters(space.solution(names))
-        amounts["latency"] = latency(space.reduced(names, model).module, space.trace.args, space.trace.kwargs)
-    return amounts
 
 
 def expected_cost(model: nn.Module, pairs: Sequence[Pair], batches: Iterable[Any], sequential: bool = True) -> str:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from espalier.errors import BudgetError, SpaceError
 from espalier.space.budget import Budget, within
+from espalier.space.gauge import Gauge
 from espalier.space.knapsack import Choice, Knapsack
-from espalier.space.latency import latencies, latency, timed
 from espalier.space.ranking import RANKINGS, ranked
 from espalier.space.widths import Widths
 
@@ -51,8 +51,6 @@ def select(space: "SearchSpace", scores: Tensor, budget: Budget, ranking: str = 
     """
     if ranking not in RANKINGS:
         raise SpaceError(f"no ranking is called '{ranking}': there are {', '.join(RANKINGS)}.")
-    if "weights" in budget.given:
-        raise BudgetError("weights= bounds single weights, and structures are chosen here: use a method for weights.")
     values = _checked(space, scores)
     asked = _Asked(space, budget, values)
     best: tuple[Choice, Widths, dict[str, float]] | None = None
@@ -73,18 +71,11 @@ def select(space: "SearchSpace", scores: Tensor, budget: Budget, ranking: str = 
     return Selection(_names(space, choice, widths, values), real)
 
 
-class _Asked:
-    """The budget in amounts, what it is predicted by, and what decides."""
+class _Asked(Gauge):
+    """A budget, and the targets for the prediction under which it holds."""
 
     def __init__(self, space: "SearchSpace", budget: Budget, scores: np.ndarray):
-        self.space, self.budget = space, budget
-        self.inputs = (space.trace.args, space.trace.kwargs)
-        self.full: dict[str, float] = {"structures": float(len(space)), **vars(space.cost())}
-        self.table = space.amounts
-        if "latency" in budget.given:
-            self.full["latency"] = latency(space.model, *self.inputs)
-            self.table = timed(space, self.full["latency"])
-        self.bounds = budget.bounds(self.full)
+        super().__init__(space, budget)
         self.targets = dict(self.bounds)
         self.scores = scores
         self.slope = dict.fromkeys(self.bounds, 1.0)
@@ -98,9 +89,9 @@ class _Asked:
         real = self.measured(_names(self.space, choice, widths, self.scores))
         if within(real, self.bounds):
             return choice, widths, real
-        said = ", ".join(f"{name}={real[name] / max(self.full[name], 1e-300):.3f}" for name in self.bounds)
         raise BudgetError(
-            f"{self.budget} cannot be met by the {len(self.space)} structures of this space: the least is {said}."
+            f"{self.budget} cannot be met by the {len(self.space)} structures of this space: "
+            f"the least is {self.shares(real)}."
         )
 
     def _calibrate(self) -> None:
@@ -127,20 +118,6 @@ class _Asked:
         removed[list(choice.segments)] = 1.0
         live = self.space.validity.live({s for k in choice.segments for s in self.space.families[k].segments})
         return dict(zip(self.table.kinds, self.table(removed, live).tolist(), strict=True))
-
-    def measured(self, names: Sequence[str]) -> dict[str, float]:
-        amounts: dict[str, float] = {"structures": float(len(self.space) - len(names))}
-        if {"params", "macs"} & set(self.bounds):
-            amounts |= vars(self.space.cost(names))
-        if "latency" in self.bounds:
-            model = self.space.zero_parameters(self.space.solution(names))
-            amounts["latency"] = self._latency(self.space.reduced(names, model).module)
-        return amounts
-
-    def _latency(self, small: nn.Module) -> float:
-        """Measured beside the full network, which has changed if other work has come or gone meanwhile."""
-        full, now = latencies([self.space.model, small], *self.inputs)
-        return now if isinstance(self.budget.latency, str) else now / full * self.full["latency"]
 
     def corrected(
         self, targets: Mapping[str, float], expected: Mapping[str, float], real: Mapping[str, float]
