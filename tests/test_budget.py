@@ -16,7 +16,7 @@ import espalier
 from espalier import Budget
 from espalier.errors import BudgetError, SpaceError
 from espalier.space import latency as latency_module
-from espalier.space import selection
+from espalier.space import gauge, selection
 from espalier.space.cost import count_macs, macs_per_node
 from espalier.space.knapsack import Knapsack
 from espalier.space.latency import latency, timed
@@ -349,8 +349,8 @@ def test_the_measurement_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         measured.append(1e-6 * sum(p.numel() for p in model.parameters()))
         return measured[-1]
 
-    monkeypatch.setattr(selection, "latency", clock)
-    monkeypatch.setattr(selection, "latencies", lambda models, *inputs: [clock(m, inputs) for m in models])
+    monkeypatch.setattr(gauge, "latency", clock)
+    monkeypatch.setattr(gauge, "latencies", lambda models, *inputs: [clock(m, inputs) for m in models])
     monkeypatch.setattr(latency_module, "PER_OPERATOR", 1e-4)
     torch.manual_seed(0)
     space = channels(chain(32, 90, 90, 90, 4), torch.rand(2, 32))
