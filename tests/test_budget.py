@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import espalier
 from espalier import Budget
 from espalier.errors import BudgetError, SpaceError
-from espalier.space import latency as latency_module
 from espalier.space import gauge, selection
+from espalier.space import latency as latency_module
 from espalier.space.cost import count_macs, macs_per_node
 from espalier.space.knapsack import Knapsack
 from espalier.space.latency import latency, timed
