@@ -112,6 +112,17 @@ def annihilator(trace: Trace, nodes: Sequence[fx.Node], zeroed: frozenset[str]) 
     return None
 
 
+def last_annihilator(trace: Trace, nodes: Sequence[fx.Node], zeroed: frozenset[str]) -> int | None:
+    """The last of a run's nodes from which on it is constant: the least that is left to evaluate."""
+    run = set(nodes)
+    for i in range(len(nodes) - 1, -1, -1):
+        if annihilator(trace, nodes[i : i + 1], zeroed) is not None:
+            return i
+        if [n for n in nodes[i].all_input_nodes if n in run] != [*nodes[max(i - 1, 0) : i]]:
+            break  # a branch: an earlier annihilator need not lie on all of its ways
+    return annihilator(trace, nodes, zeroed)
+
+
 def _module_annihilates(module: nn.Module, path: str, zeroed: frozenset[str]) -> bool:
     if isinstance(module, _ZERO_WEIGHT):
         return f"{path}.weight" in zeroed
@@ -135,9 +146,9 @@ def _any_zero(argument: object, zeroed: frozenset[str]) -> bool:
 def constant_output(trace: Trace, nodes: Sequence[fx.Node], zeroed: frozenset[str]) -> Constant | str:
     """What the run ``nodes`` yields once the parameters ``zeroed`` are zero, or why it is not a constant.
 
-    The run is evaluated from its annihilator on, in both modes, on zeros of the example inputs' shape.
+    The run is evaluated from an annihilator on, in both modes, on zeros of the example inputs' shape.
     """
-    start = annihilator(trace, nodes, zeroed)
+    start = last_annihilator(trace, nodes, zeroed)
     if start is None:
         return "its output still depends on its input when its parameters are zero"
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -208,6 +219,8 @@ class Evaluator:
         if node.op != "call_module":
             return node.target(*args, **kwargs)  # type: ignore[operator]
         module = self.root.get_submodule(str(node.target))
+        if self._yields_zero(node, module):
+            return zeros_like_value(node.meta["val"], next(self.root.parameters()).device)
         state = {
             name: torch.zeros_like(t) if f"{node.target}.{name}" in self.zeroed else t.detach().clone()
             for name, t in (*module.named_parameters(), *module.named_buffers())
@@ -219,6 +232,17 @@ class Evaluator:
         finally:
             for m, mode in modes:
                 m.training = mode
+
+    def _yields_zero(self, node: fx.Node, module: nn.Module) -> bool:
+        """A layer all of whose parameters are zero need not be run. (Attention may return its weights too.)"""
+        names = [f"{node.target}.{name}" for name, _ in module.named_parameters()]
+        known = isinstance(module, _ZERO_WEIGHT) and f"{node.target}.weight" in names
+        if isinstance(module, nn.MultiheadAttention):
+            value = node.meta.get("val")
+            known = isinstance(value, torch.Tensor) or (
+                isinstance(value, (tuple, list)) and all(v is None for v in value[1:])
+            )
+        return known and "val" in node.meta and self.zeroed.issuperset(names)
 
 
 def _rests_on_attributes(node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier.graph.constants import annihilator, constant_output
+from espalier.graph.constants import annihilator, constant_output, last_annihilator
 from espalier.graph.lift import stack_of
 from espalier.graph.segments import Segment, SegmentGraph
 from espalier.graph.trace import Trace
@@ -110,7 +110,7 @@ def _tie_fails(
 def _constant_fails(traced: Trace, members: Sequence[Segment], zeroed: frozenset[str]) -> str:
     """Evaluate the constant only where what follows the annihilator might be random."""
     for member in members:
-        start = annihilator(traced, member.nodes, zeroed)
+        start = last_annihilator(traced, member.nodes, zeroed)
         assert start is not None
         if len(member.nodes) > start + 1 and any(_may_be_random(traced, n) for n in member.nodes[start + 1 :]):
             value = constant_output(traced, member.nodes, zeroed)
