@@ -58,6 +58,7 @@ class SearchSpace:
         self._constants: dict[int, Constant | str] = {}
         products = frozenset(s.index for s in graph if s.joint and s.nodes[0].target is aten.mul.Tensor)
         self.validity = Validity(graph, products, self.constant)
+        self._removed: tuple[tuple[str, ...], Mapping[int, torch.Tensor]] = (), {}
 
     @property
     def model(self) -> nn.Module:
@@ -122,13 +123,16 @@ class SearchSpace:
         gone = [self.families[k] for k in self.removed_of(removed)]
         return {segment: family.name for family in gone for segment in family.segments}
 
-    def removed_of(self, removed: Iterable[str]) -> dict[int, torch.Tensor]:
+    def removed_of(self, removed: Iterable[str]) -> Mapping[int, torch.Tensor]:
         """Family (its index in ``families``) → positions in it, ascending, of these structures."""
-        places: dict[int, set[int]] = {}
-        for name in removed:
-            family, index = self.structures.place(self.position(name))
-            places.setdefault(family, set()).add(index)
-        return {k: torch.tensor(sorted(found)) for k, found in places.items()}
+        names = tuple(removed)
+        if names != self._removed[0]:  # a solution's names are asked for again and again
+            places: dict[int, set[int]] = {}
+            for name in names:
+                family, index = self.structures.place(self.position(name))
+                places.setdefault(family, set()).add(index)
+            self._removed = names, {k: torch.tensor(sorted(found)) for k, found in places.items()}
+        return self._removed[1]
 
     def narrowing(self, removed: Iterable[str]) -> Narrowing:
         """What these structures take from every axis."""

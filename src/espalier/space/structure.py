@@ -1,5 +1,6 @@
 """Structures, and families of structures that share their slicing."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,6 +89,7 @@ class Structures(Sequence[Structure]):
     def __init__(self, families: Sequence[Family]):
         self.families = tuple(families)
         self.offsets = np.cumsum([0, *[f.count for f in self.families]])
+        self._starts = self.offsets.tolist()
         self._family = {f.name: k for k, f in enumerate(self.families)}
 
     def __len__(self) -> int:
@@ -120,19 +122,19 @@ class Structures(Sequence[Structure]):
 
     def place(self, position: int) -> tuple[int, int]:
         """The family of a position, and the index in it."""
-        k = int(np.searchsorted(self.offsets, position, side="right")) - 1
-        return k, int(position - self.offsets[k])
+        k = bisect_right(self._starts, position) - 1
+        return k, position - self._starts[k]
 
     def position(self, name: str) -> int:
         """The position of the structure of this name; raises :class:`SpaceError` if there is none."""
         k = self._family.get(name)
         if k is not None and self.families[k].level == "segment":
-            return int(self.offsets[k])
+            return self._starts[k]
         head, _, index = name.removesuffix("]").rpartition("[")
         k = self._family.get(head)
         if k is not None and self.families[k].level != "segment" and name.endswith("]"):
             family, parts = self.families[k], index.split(",")
             shape = family.grid or (family.count,)
             if len(parts) == len(shape) and all(p.isdigit() and int(p) < n for p, n in zip(parts, shape, strict=True)):
-                return int(self.offsets[k]) + int(np.ravel_multi_index([int(p) for p in parts], shape))
+                return self._starts[k] + int(np.ravel_multi_index([int(p) for p in parts], shape))
         raise SpaceError(name)
