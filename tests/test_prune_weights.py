@@ -219,6 +219,18 @@ def test_a_weight_that_returns_starts_without_momentum():
         optimizer.zero_grad()
 
 
+def test_a_frozen_batch_norm_stays_in_eval_mode_while_the_rest_trains():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval(), nn.Dropout())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def select(model, keep, event):
+        assert not any(m.training for m in model.modules())
+        return {"0.weight": torch.eye(2).bool()}, {"0.weight": torch.eye(2)}
+
+    GradualPruner(model, optimizer, select, GradualOptions(last=0.5, events=1, every=1)).before_epoch(0)
+    assert [m.training for m in model] == [True, False, True]
+
+
 def test_sparse_layout_gives_the_same_output(task):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10, bias=False)).double()

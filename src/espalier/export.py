@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from espalier.architecture import from_json, to_json
 from espalier.errors import EspalierError, FormatError
+from espalier.modes import evaluating
 
 _FORMAT = "espalier.module.1"
 
@@ -98,21 +99,17 @@ def export_onnx(
     for tensor in tensors:
         if tensor.shape[0] > 1:
             shapes[tensor] = {0: torch.export.Dim.AUTO}
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
     try:
-        exported = torch.export.export(module, args, dict(kwargs or {}), dynamic_shapes=shapes, strict=False)
-        with _silent("torch.onnx"):  # which of its optional packages are missing is nobody's concern here
-            program = torch.onnx.export(exported, dynamo=True, verbose=False)
-        assert program is not None
-        program.save(str(path))
+        with evaluating(module):
+            exported = torch.export.export(module, args, dict(kwargs or {}), dynamic_shapes=shapes, strict=False)
+            with _silent("torch.onnx"):  # which of its optional packages are missing is nobody's concern here
+                program = torch.onnx.export(exported, dynamo=True, verbose=False)
+            assert program is not None
+            program.save(str(path))
     except ImportError as error:
         raise FormatError(
             f"ONNX export needs packages that are not installed ({error}): pip install espalier[onnx]."
         ) from error
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 @contextlib.contextmanager

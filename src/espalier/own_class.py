@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from espalier.graph.lift import Call, boundary, is_tensor, stack_of
 from espalier.graph.module import graph_module
 from espalier.graph.trace import Trace
+from espalier.modes import evaluating
 from espalier.own_sizes import in_place, set_at, with_own_tree
 from espalier.rules import Narrowed, Value
 from espalier.rules.value import tensors_of
@@ -178,17 +179,11 @@ def _block_module(block: _Block, small: Reduced, trace: Trace) -> nn.Module:
 
 
 def _agree(trace: Trace, whole: nn.Module, lifted: nn.Module) -> bool:
-    modes = {m: m.training for module in (whole, lifted) for m in module.modules()}
     try:
-        whole.eval()
-        lifted.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(whole, lifted):
             outputs = [_tensors(module(*trace.args, **trace.kwargs)) for module in (whole, lifted)]
     except Exception:
         return False  # the forward code wants something that the blocks do not have
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return _same(*outputs)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from espalier.curvature.symmetric import add_symmetric
 from espalier.curvature.watch import Watch, agreed, unwatched
-from espalier.space.cost import evaluating
+from espalier.modes import evaluating
 
 
 @dataclass

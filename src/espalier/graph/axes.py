@@ -20,6 +20,7 @@ from espalier.graph.lift import is_tensor
 from espalier.graph.movement import movements
 from espalier.graph.source import where
 from espalier.graph.trace import Trace
+from espalier.modes import evaluating
 
 Labels: TypeAlias = list[Ids | None]
 Couples: TypeAlias = Callable[["Coupling", fx.Node, list[Labels]], "Labels | list[Labels] | None"]
@@ -356,16 +357,13 @@ def _drops(module: nn.Module, node: fx.Node) -> bool:
     """A layer without parameters that does nothing in eval mode, such as stochastic depth."""
     if any(True for _ in (*module.parameters(), *module.buffers())) or len(_tensors_read(node)) != 1:
         return False
-    modes = [(m, m.training) for m in module.modules()]
     x = torch.randn(shape_of(node.all_input_nodes[0].meta["val"]))
     try:
-        y = module.eval()(x)
-        return isinstance(y, torch.Tensor) and torch.equal(x, y)
+        with evaluating(module):
+            y = module(x)
     except Exception:
         return False  # whatever it is, it is not a dropout
-    finally:
-        for m, mode in modes:
-            m.training = mode
+    return isinstance(y, torch.Tensor) and torch.equal(x, y)
 
 
 def _number(node: fx.Node) -> Any:

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from espalier.graph.lift import is_tensor
 from espalier.graph.trace import Trace
+from espalier.modes import keeping_modes
 
 aten = torch.ops.aten
 
@@ -225,13 +226,9 @@ class Evaluator:
             name: torch.zeros_like(t) if f"{node.target}.{name}" in self.zeroed else t.detach().clone()
             for name, t in (*module.named_parameters(), *module.named_buffers())
         }
-        modes = [(m, m.training) for m in module.modules()]
-        try:
+        with keeping_modes(module):
             module.train(self.training)
             return torch.func.functional_call(module, state, args, kwargs)
-        finally:
-            for m, mode in modes:
-                m.training = mode
 
     def _yields_zero(self, node: fx.Node, module: nn.Module) -> bool:
         """A layer all of whose parameters are zero need not be run. (Attention may return its weights too.)"""

@@ -25,6 +25,7 @@ from espalier.graph.lift import SIGNATURE_LAYERS, is_tensor, lift
 from espalier.graph.modes import leaves_modal_layers, merge, watching_training
 from espalier.graph.module import graph_module
 from espalier.graph.source import where_raised
+from espalier.modes import keeping_modes
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,15 +245,13 @@ def _two_of_a_batch_of_one(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def _restored_modes(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with keeping_modes(model):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from espalier.data import Batches, Dataset
+from espalier.modes import evaluating, keeping_modes
 
 
 @torch.no_grad()
@@ -17,21 +18,19 @@ def recalibrate(model: nn.Module, data: Dataset, batches: int = 20, batch_size: 
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
-    modes = [(m, m.training) for m in model.modules()]
     for m in norms:
         m.reset_running_stats()
         m.momentum = None
-    model.train()
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     try:
-        for x, _ in islice(Batches(data, min(batch_size, len(data)), seed, device=device), batches):
-            model(x)
+        with keeping_modes(model):
+            model.train()
+            for x, _ in islice(Batches(data, min(batch_size, len(data)), seed, device=device), batches):
+                model(x)
     finally:
         for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
-        for m, mode in modes:
-            m.training = mode
 
 
 @torch.no_grad()
@@ -43,17 +42,12 @@ def score(model: nn.Module, data: Dataset, batch_size: int = 250, seed: int = 0)
     >>> sorted(score(net, load("digits", "test")))
     ['accuracy', 'loss']
     """
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     right, loss = torch.zeros((), device=device), torch.zeros((), device=device)
-    try:
+    with evaluating(model):
         for x, y in Batches(data, batch_size, shuffle=False, device=device):
             logits = model(x)
             right += (logits.argmax(1) == y).sum()
             loss += cross_entropy(logits, y, reduction="sum")
-    finally:
-        for m, mode in modes:
-            m.training = mode
     return {"accuracy": 100.0 * float(right) / len(data), "loss": float(loss) / len(data)}

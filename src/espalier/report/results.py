@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Timer
 
+from espalier.modes import evaluating
 from espalier.space.cost import measure
 
 PHASES: Mapping[str, str] = {"warmup": "warm-up", "hybrid": "half-space steps", "done": "final training"}
@@ -88,22 +89,15 @@ def latencies(
 ) -> dict[str, float]:
     """Median seconds of one evaluation of each network, in turns, so that all meet the same machine."""
     times: dict[str, list[float]] = {name: [] for name in networks}
-    modes = [(m, m.training) for network in networks.values() for m in network.modules()]
-    try:
-        with torch.inference_mode():
-            for network in networks.values():
-                network.eval()
-            for _ in range(rounds):
-                for name, network in networks.items():
-                    timer = Timer(
-                        "network(*args, **kwargs)",
-                        globals={"network": network, "args": args, "kwargs": dict(kwargs or {})},
-                        num_threads=torch.get_num_threads(),
-                    )
-                    times[name] += timer.blocked_autorange(min_run_time=seconds).times
-    finally:
-        for module, training in modes:
-            module.training = training
+    with torch.inference_mode(), evaluating(*networks.values()):
+        for _ in range(rounds):
+            for name, network in networks.items():
+                timer = Timer(
+                    "network(*args, **kwargs)",
+                    globals={"network": network, "args": args, "kwargs": dict(kwargs or {})},
+                    num_threads=torch.get_num_threads(),
+                )
+                times[name] += timer.blocked_autorange(min_run_time=seconds).times
     return {name: median(all_times) for name, all_times in times.items()}
 
 

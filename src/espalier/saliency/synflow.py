@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from espalier.modes import evaluating
 from espalier.saliency.fall import arguments
 from espalier.saliency.state import Saliency, State
 from espalier.saliency.sums import sums
@@ -26,17 +27,11 @@ def synflow(args: tuple[Any, ...] | torch.Tensor | None = None, kwargs: dict[str
         values = {n: p.detach().abs().double().requires_grad_() for n, p in space.model.named_parameters()}
         buffers = {n: _fresh(n, b) for n, b in space.model.named_buffers()}
         ones = pytree.tree_map_only(torch.Tensor, _ones, arguments(space, args, kwargs))
-        modes = [(m, m.training) for m in space.model.modules()]
-        try:
-            space.model.eval()
-            with torch.enable_grad():
-                output = torch.func.functional_call(space.model, {**values, **buffers}, *ones)
-                total = sum(t.sum() for t in pytree.tree_leaves(output) if torch.is_tensor(t) and t.is_floating_point())
-                inputs = list(values.values())
-                flows = torch.autograd.grad(torch.as_tensor(total), inputs, allow_unused=True)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(space.model), torch.enable_grad():
+            output = torch.func.functional_call(space.model, {**values, **buffers}, *ones)
+            total = sum(t.sum() for t in pytree.tree_leaves(output) if torch.is_tensor(t) and t.is_floating_point())
+            inputs = list(values.values())
+            flows = torch.autograd.grad(torch.as_tensor(total), inputs, allow_unused=True)
         pairs = zip(values.items(), flows, strict=True)
         return sums(space, {n: torch.zeros_like(v) if g is None else v.detach() * g for (n, v), g in pairs})
 

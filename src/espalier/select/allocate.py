@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.curvature.moments import call
-from espalier.space.cost import evaluating
+from espalier.modes import evaluating
 
 
 def allocate(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espalier.modes import evaluating
 from espalier.select.masking import Hold, hold_masks
 
 Select = Callable[[nn.Module, float, int], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
@@ -73,12 +74,8 @@ class GradualPruner:
         if event is None:
             return None
         sparsity = self.options.sparsity(event)
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             masks, weights = self.select(self.model, 1 - sparsity, event)
-        finally:
-            self.model.train(training)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():

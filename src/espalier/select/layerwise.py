@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from espalier.curvature.moments import Moments, call, collect, collect_paired, input_columns
 from espalier.curvature.watch import Watch, unwatched
+from espalier.modes import evaluating
 from espalier.select.allocate import allocate, mac_cost
 from espalier.select.auxiliary import AuxiliaryOptions, auxiliary, auxiliary_layers
 from espalier.select.backward import backward, backward_path
@@ -19,7 +20,6 @@ from espalier.select.gfs import gfs
 from espalier.select.ispasp import ispasp
 from espalier.select.omp import omp, omp_path
 from espalier.select.refit import RIDGE, Path, Reconstruction, Selection, from_moments
-from espalier.space.cost import evaluating
 
 Selector = Callable[[Reconstruction, int], Selection]
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from espalier.graph.constants import shape_of
 from espalier.graph.trace import Trace
+from espalier.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,6 @@ def count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
             torch.func.functional_call(model, state, fake_args, fake_kwargs, tie_weights=True)
     batch = next((t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim), 1)
     return counter.get_total_flops() // 2 // max(int(batch), 1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and every module's own mode afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from rich.progress import Progress
 from torch import Tensor, fx, nn
 from torch.utils.benchmark import Timer
 
+from espalier.modes import evaluating
 from espalier.space.amounts import Amounts, Axis, Row, Work
-from espalier.space.cost import evaluating
 
 if TYPE_CHECKING:
     from espalier.space.search_space import SearchSpace
