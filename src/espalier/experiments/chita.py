@@ -87,7 +87,7 @@ SETTINGS: dict[str, Settings] = {
             "chita++": StageOptions(50, "cubic", 250, 8, 0.1, True, "magnitude", drop_dead=False, recalibrate=500),
             "ours": StageOptions(50, "cubic", 250, 8, 0.1, True, "exchange", drop_dead=False, recalibrate=500),
         },
-        path=_path("resnet20", (2, 2, 2, 4, 7, 11, 22)),
+        path=_path("resnet20", (4, 4, 6, 12, 24, 44, 66)),
         fresh=2000,
     ),
 }
