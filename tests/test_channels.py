@@ -351,3 +351,28 @@ def test_macs_are_counted_in_any_mode() -> None:
     assert space.macs_by_weight() == {"0.weight": 16 * 8 * 27, "2.weight": 16 * 16}
     assert int(net[1].num_batches_tracked) == 0
     assert net.training
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_are_computed_from_others_stay_and_it_says_why(wrap) -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.ReLU(), wrap(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 6), nn.Linear(6, 2)
+    )
+    x = torch.randn(3, 4, dtype=torch.float64)
+    space = espalier.search_space(model.eval().double(), x, levels=("channel",))
+    assert [f.name for f in space.families] == ["4"]
+    text = str(space.summary())
+    assert "weight_norm" in text
+    assert "module '2" in text
+    if wrap is nn.utils.weight_norm:
+        return  # torch itself cannot copy such a model, and says so
+    removed = ["4[1]", "4[3]"]
+    small = espalier.construct(space, space.solution(removed))
+    torch.testing.assert_close(small(x), space.masked(space.solution(removed))(x))
+    rigid = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), wrap(nn.Linear(8, 8))).eval().double()
+    with pytest.raises(SpaceError, match="axis 0': "):
+        espalier.prune(rigid, x, budget=espalier.Budget(params=0.5))

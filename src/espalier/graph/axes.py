@@ -270,6 +270,9 @@ class Coupling:
         inputs = [self.labels[n] for n in sources]
         if any(isinstance(n.meta["val"], (tuple, list)) for n in sources):
             return self._give_up(node, sources)
+        computed = self._computed(node)
+        if computed:
+            return self._give_up(node, sources, computed)
         rule = self._rule(node)
         if node.op == "call_function" and sources and all(a is None for labels in inputs for a in labels):
             return self._nothing(node)
@@ -288,8 +291,21 @@ class Coupling:
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         return COUPLES[torch.Tag.pointwise] if pointwise else None
 
-    def _give_up(self, node: fx.Node, sources: Sequence[fx.Node]) -> Any:
-        reason = f"no rule for {self.at(node)}"
+    def _computed(self, node: fx.Node) -> str:
+        """Why the axes of a layer stay whose weight is no parameter but computed from others; else ''."""
+        if node.op != "call_module":
+            return ""
+        for layer in self.module(node).modules():
+            own = layer._parameters.keys() | layer._buffers.keys()
+            if "weight" not in own and isinstance(getattr(layer, "weight", None), torch.Tensor):
+                return (
+                    f"the weight of {self.at(node)} is computed from other tensors, as by weight_norm: take that off "
+                    "first (torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm)"
+                )
+        return ""
+
+    def _give_up(self, node: fx.Node, sources: Sequence[fx.Node], reason: str = "") -> Any:
+        reason = reason or f"no rule for {self.at(node)}"
         held = [axis for n in sources for labels in self._each(n) for axis in labels if axis is not None]
         if node.op == "call_module":
             held += [

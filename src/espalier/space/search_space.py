@@ -21,7 +21,7 @@ from espalier.space.budget import Budget
 from espalier.space.chains import meet
 from espalier.space.cost import Cost, macs_per_node, measure
 from espalier.space.discover import segment_families
-from espalier.space.families import axis_families, kernel_families
+from espalier.space.families import axis_families, kept_axes, kernel_families
 from espalier.space.masked import with_statistics_over_what_stays, with_zeros
 from espalier.space.narrowing import NO_AXES, Narrowing
 from espalier.space.reduce import Reduced, reduced
@@ -88,6 +88,15 @@ class SearchSpace:
 
     def __repr__(self) -> str:
         return f"SearchSpace({type(self.model).__name__}, {len(self)} structures of {len(self.graph)} segments)"
+
+    def check_not_empty(self) -> None:
+        """Raise :class:`SpaceError` with the first reasons where no structure may go."""
+        if len(self):
+            return
+        reasons = list(self.kept.items()) if "segment" in self.options["levels"] else []
+        reasons += [(f"{name}, axis {dim}", why) for (name, dim), why in kept_axes(self.axes).items()]
+        said = "; ".join(f"'{name}': {reason}" for name, reason in reasons[:5])
+        raise SpaceError(f"the search space is empty: no structure of the model may go ({said} ...).")
 
     @cached_property
     def fingerprint(self) -> str:

@@ -95,8 +95,7 @@ def space_groups(space: SearchSpace, key: Callable[[str], str] | None = None) ->
     Raises :class:`SpaceError` where an element would be in two groups (a channel of a segment, a kernel of a
     channel): proximal steps need groups that do not overlap, so make one space per level.
     """
-    if not len(space):
-        raise SpaceError("the search space is empty: no structure of the model may go.")
+    space.check_not_empty()
     tied: dict[str, list[str]] = {}
     group_of = torch.empty(len(space), dtype=torch.long)
     place: dict[str, int] = {}

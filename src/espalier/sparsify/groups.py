@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from espalier.errors import SpaceError
 from espalier.saliency.state import State
 from espalier.space.search_space import SearchSpace
 from espalier.space.structure import Slices
@@ -52,9 +51,7 @@ class Groups:
     """
 
     def __init__(self, space: SearchSpace):
-        if not len(space):
-            reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(space.kept.items())[:5])
-            raise SpaceError(f"the search space is empty: no structure of the model may go ({reasons} ...).")
+        space.check_not_empty()
         parameters = dict(space.model.named_parameters())
         self.count = len(space)
         pairs = [
