@@ -158,10 +158,17 @@ def test_bn_scale_of_slices() -> None:
 
 def test_balanced() -> None:
     """Scores 5, 7 of scalars and 0.1, 0.4, 0.3, 0.3 of others: ranks (k - 1/2) / 2 and / 4, the middle of a tie."""
-    size = torch.tensor([1.0, 9.0, 1.0, 9.0, 8.0, 8.0])
-    state: Any = SimpleNamespace(size=size)
+    model = nn.ParameterDict({"a": torch.ones(1), "a2": torch.ones(1), "b": torch.ones(9), "c": torch.ones(1)})
+    model.update({"d": torch.ones(9), "e": torch.ones(4, 2)})
+    families = [  # two numbers of two cells may be one structure
+        Family("segment", "a", 1, (Slices("a"), Slices("a2")), segments=(0,)),
+        *(Family("segment", name, 1, (Slices(name),), segments=(i,)) for i, name in enumerate("bcd", 1)),
+        Family("channel", "e", 2, (Slices("e", 0, torch.tensor([0, 0, 1, 1])),)),
+    ]
+    space: Any = SimpleNamespace(model=model, families=families)
     scores = torch.tensor([5.0, 0.1, 7.0, 0.4, 0.3, 0.3])
-    found = balanced(lambda space, state: scores)(SimpleNamespace(), state)  # type: ignore[arg-type]
+    state: Any = None
+    found = balanced(lambda space, state: scores)(space, state)  # type: ignore[arg-type]
     assert found.tolist() == pytest.approx([0.25, 0.125, 0.75, 0.875, 0.5, 0.5])
 
 

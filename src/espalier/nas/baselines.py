@@ -30,16 +30,19 @@ from espalier.sparsify.halfspace import H2SPG
 def h2spg(recipe: SearchRecipe, folder: Folder) -> Found:
     """Search with H2SPG over the operations, tied over cells; its budget follows from the target.
 
-    A third of the steps is warm-up, a third goes to projecting, and the rest trains what stays.
+    A third of the steps is warm-up, a third goes to projecting, and the rest trains what stays. As operations without
+    weights cost no parameters, the same share of the number of operations goes, and their scalars are ranked apart.
     """
     within, device, start = space(recipe.space), own_device(recipe.device), time.perf_counter()
     model, batches = new_supernet(recipe, within, device), new_batches(recipe, device)
     shape = batches.dataset.shape
     tied = supernet_space(model, torch.zeros(2, *shape, device=device))
     steps = max(3, round(len(batches) * recipe.epochs))
+    params, operations = _shares(recipe, within, model)
     opt = H2SPG(
         tied,
-        budget=Budget(params=_share(recipe, within, model)),
+        budget=Budget(params=params, structures=operations),
+        saliency="balanced",
         lr=recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
@@ -91,13 +94,13 @@ class _WithNorms:
         self.training.load_state_dict(state)
 
 
-def _share(recipe: SearchRecipe, within: CellSpace, model: nn.Module) -> float:
-    """The fraction of the supernet's parameters that the target amounts to, operations and the rest apart.
+def _shares(recipe: SearchRecipe, within: CellSpace, model: nn.Module) -> tuple[float, float]:
+    """The fractions of the supernet's parameters, and of its operations, that the target amounts to.
 
     Estimated: an operation's share of the supernet and of the derived network differ a little.
     """
     if not recipe.target_params:
-        return 0.5
+        return 0.5, 0.5
     full = full_params(within, recipe)
     fixed = full - sum(operation_params(within, recipe).values())
     if recipe.target_params <= fixed:
@@ -105,7 +108,7 @@ def _share(recipe: SearchRecipe, within: CellSpace, model: nn.Module) -> float:
     kept = min(1.0, (recipe.target_params - fixed) / (full - fixed))
     own = sum(p.numel() for p in model.parameters())
     operations = float(operation_groups(model).size.sum())
-    return (own - operations + kept * operations) / own
+    return (own - operations + kept * operations) / own, kept
 
 
 # DARTS.

@@ -13,7 +13,7 @@ def balanced(saliency: Saliency = cosine_magnitude) -> Saliency:
     >>> from espalier.saliency import magnitude
     >>> saliency = balanced(magnitude)
 
-    The kinds are structures of a single element (the scalars of ``parameterless=True``) and all others. A scalar
+    The kinds are structures of single numbers (the scalars of ``parameterless=True``) and all others. A scalar
     starts at 1 where weights are far smaller, and the gradient of weights before a norm is orthogonal to them where
     that of a scalar is not: side by side, hardly any score ever removes a skip or a pool. Equal scores share
     the middle of their ranks: the k-th of n has ``(k - 1/2) / n``.
@@ -21,10 +21,17 @@ def balanced(saliency: Saliency = cosine_magnitude) -> Saliency:
 
     def score(space: SearchSpace, state: State) -> torch.Tensor:
         scores = saliency(space, state)
-        alone = (state.size == 1).to(scores.device)
+        alone = _scalars(space).to(scores.device)
         return torch.where(alone, _ranks(scores, alone), _ranks(scores, ~alone))
 
     return score
+
+
+def _scalars(space: SearchSpace) -> torch.Tensor:
+    """Which structures consist of parameters of one element each."""
+    sizes = {name: p.numel() for name, p in space.model.named_parameters()}
+    each = [all(sizes[name] == 1 for name in f.parameters) for f in space.families]
+    return torch.tensor(each).repeat_interleave(torch.tensor([f.count for f in space.families]))
 
 
 def _ranks(scores: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
