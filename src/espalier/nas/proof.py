@@ -123,14 +123,20 @@ def tables(lines: list[Line]) -> str:
     """Results as Markdown: derived networks, and the ablation."""
     out = ["| space | method | operations | without weights | parameters | supernet | discretised | test accuracy |"]
     out.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows: dict[tuple[str, str], list[Line]] = {}
     for line in (line for line in lines if line["test accuracy"] is not None):
-        without, every = line["of possible"]
         name = f"{line['method']}, {line['preset']}" if line["method"] == "gs-nas" else line["method"]
-        before, after = (_percent(line.get(f"validation accuracy {key}")) for key in ("of the supernet", "discretised"))
-        out.append(
-            f"| {line['space']} | {name} | {line['operations']} of {every} | {line['without weights']} of {without} "
-            f"| {line['params at target']:,} | {before} | {after} | {_percent(line['test accuracy'])} |"
+        rows.setdefault((line["space"], name), []).append(line)
+    for (space, name), seeds in rows.items():
+        without, every = seeds[0]["of possible"]
+        found = (
+            f"{_each(seeds, 'operations')} of {every}",
+            f"{_each(seeds, 'without weights')} of {without}",
+            _each(seeds, "params at target", ","),
+            *(_each(seeds, f"validation accuracy {key}", ".2f") for key in ("of the supernet", "discretised")),
+            _each(seeds, "test accuracy", ".2f"),
         )
+        out.append(f"| {space} | {name} | " + " | ".join(found) + " |")
     out += ["", "| run | operations | without weights | with weights | [step, without, with weights at zero] |"]
     out.append("| --- | ---: | ---: | ---: | --- |")
     for line in (line for line in lines if line["test accuracy"] is None):
@@ -145,8 +151,9 @@ def tables(lines: list[Line]) -> str:
     return "\n".join(out)
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _each(seeds: list[Line], key: str, form: str = "") -> str:
+    """The values of all seeds, in their order."""
+    return " / ".join(format(line[key], form) for line in seeds if line.get(key) is not None)
 
 
 def zero_over_time(found: Found) -> list[list[int]]:
