@@ -10,8 +10,10 @@ import espalier
 ROOT = Path(espalier.__file__).parent
 
 # Each room, and the rooms that its files may import from (itself aside).
+LEAVES = {"modes"}  # knows nothing but torch, and may be known by all
 MAY_IMPORT = {
     "errors": set(),
+    "modes": set(),
     "graph": {"errors", "architecture"},
     "rules": {"errors", "graph"},
     "space": {"errors", "graph", "rules"},
@@ -51,7 +53,7 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_up(path: Path) -> None:
     if room(path) in MAY_IMPORT:
-        assert imported(path) - {room(path)} <= MAY_IMPORT[room(path)]
+        assert imported(path) - {room(path)} <= MAY_IMPORT[room(path)] | LEAVES
 
 
 def test_no_file_is_longer_than_400_lines() -> None:
