@@ -40,6 +40,7 @@ def plot_rows(recipe: Recipe, done: Sequence[tuple[Run, Mapping[str, Any]]], pat
             continue
         value = line["params"] if recipe.axis == "params" else getattr(run, recipe.axis)
         name = f"{run.network}, {run.method}" if recipe.axis == "params" else run.way
+        name += ", skips and pools removable" if run.parameterless else ""
         series.setdefault(name, []).append((float(value), float(line["test"])))
     for name, points in series.items():
         places = sorted({x for x, _ in points})
