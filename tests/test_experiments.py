@@ -211,9 +211,10 @@ def test_tensorboard_is_written_or_said_to_be_missing(tmp_path: Path, monkeypatc
     assert (tmp_path / "plain" / "log.jsonl").read_text()
 
 
-def test_a_device_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
+def test_a_device_that_is_not_there_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["reproduce", "asgssd-table1", "--device", "cuda", "--out", str(tmp_path)]) == 2
     assert "no CUDA device" in capsys.readouterr().err
 

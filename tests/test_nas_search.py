@@ -16,9 +16,10 @@ from espalier.data import Batches, load
 from espalier.errors import FormatError, SpaceError
 from espalier.models.darts import Cell
 from espalier.nas.any_model import search_model
-from espalier.nas.baselines import random_genotype
+from espalier.nas.baselines import _shares, random_genotype
 from espalier.nas.genotype import GENOTYPES, Genotype
 from espalier.nas.group_search import GroupSearch, GroupSettings, Limit
+from espalier.nas.gs_nas import new_supernet
 from espalier.nas.heatmap import heatmap
 from espalier.nas.loop import Folder, advance
 from espalier.nas.mixed import discretise, mix, strengths, strongest
@@ -348,6 +349,17 @@ def test_a_killed_group_search_goes_on_bit_for_bit(tmp_path):
     assert same(parts.model.state_dict(), whole.model.state_dict())
     assert torch.equal(parts.opt.state_dict()["buffers"]["v"], whole.opt.state_dict()["buffers"]["v"])
     assert plain(tmp_path / "parts" / "log.jsonl") == plain(tmp_path / "whole" / "log.jsonl")
+
+
+def test_h2spg_bounds_the_number_of_operations_with_the_parameters(tmp_path):
+    """Operations without weights cost no parameters: a bound on these alone would keep all of them."""
+    recipe = replace(search_recipe("s4", "h2spg", scale="smoke", data="digits"), target_params=2e6)
+    model = new_supernet(recipe, SPACES["s4"], torch.device("cpu"))
+    params, operations = _shares(recipe, SPACES["s4"], model)
+    assert 0 < params < 1
+    assert 0 < operations < 0.5
+    found = search(recipe, Folder(tmp_path))
+    assert len(found.genotype.operations()) <= operations * 56
 
 
 @pytest.mark.parametrize("method", ["h2spg", "darts"])

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -306,8 +305,6 @@ def test_everything_may_stay() -> None:
 
 
 def hugging_face() -> Any:
-    if find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
     import_torchvision()  # transformers imports it, and it needs its operators declared before
     return importlib.import_module("transformers")
 

@@ -2,21 +2,16 @@
 
 import sys
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-for library in ("timm", "transformers", "torchvision"):
-    if find_spec(library) is None:  # not imported here: torchvision needs its operators declared before
-        pytest.skip(f"{library} is not installed", allow_module_level=True)
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from zoo import check  # noqa: E402
-from zoo_models import zoo  # noqa: E402
-from zoo_table import verdict  # noqa: E402
+from zoo import check
+from zoo_models import zoo
+from zoo_table import verdict
 
 # Small and fast ones, of as many kinds as possible.
 NAMES = (

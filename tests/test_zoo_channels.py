@@ -2,22 +2,17 @@
 
 import sys
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-for library in ("timm", "transformers", "torchvision"):
-    if find_spec(library) is None:  # not imported here: torchvision needs its operators declared before
-        pytest.skip(f"{library} is not installed", allow_module_level=True)
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from zoo_channels import check, half_of_every_family, verdict  # noqa: E402
-from zoo_models import zoo  # noqa: E402
+from zoo_channels import check, half_of_every_family, verdict
+from zoo_models import zoo
 
-import espalier  # noqa: E402
+import espalier
 
 # Small ones, of as many kinds as possible, and whether they stay in their own class.
 NAMES = {
