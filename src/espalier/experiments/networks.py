@@ -1,6 +1,7 @@
 """The networks that recipes name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from espalier.models import (
     regnet_x_800m,
 )
 from espalier.models.mobile import PIXEL1_STAGES
-from espalier.models.super_resnet import SuperStage
+from espalier.models.super_resnet import ZEN_STAGES, SuperStage
 
 __all__ = ["NETWORKS", "build"]
 
@@ -29,6 +30,10 @@ def _darts(cells: int, channels: int, nodes: int, width: float, **options: Any) 
 
 def _few_blocks(**options: Any) -> nn.Module:
     return SuperResNet(stages=(SuperStage(120, 40, 1, 1), SuperStage(176, 32, 2, 2)), **options)
+
+
+def _two_blocks_a_stage(**options: Any) -> nn.Module:
+    return SuperResNet(stages=tuple(replace(stage, depth=2) for stage in ZEN_STAGES), **options)
 
 
 def _few_stages(**options: Any) -> nn.Module:
@@ -43,6 +48,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "darts8-2nodes": partial(_darts, 8, 24, 2),
     "darts14": partial(_darts, 14, 48, 4),
     "darts3-1node": partial(_darts, 3, 24, 1),
+    "super-resnet-14blocks": _two_blocks_a_stage,
     "super-resnet-3blocks": _few_blocks,
     "mobile-4blocks": _few_stages,
     "regnet-200m": regnet_x_200m,

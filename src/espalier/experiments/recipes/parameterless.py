@@ -25,13 +25,16 @@ def _both(base: Run, params: float) -> tuple[Run, ...]:
 
 
 _PAPER = _both(_SUPER, 0.5) + _both(_DARTS, 0.5)
-_NARROW = {"width": 0.1, "size": 16, "search": 0.3, "projection": 0.2, "cycles": (0.3, 0.7), "construct_early": True}
-_SHORT = tuple(
-    replace(run, network="darts8-2nodes", epochs=2, lr=0.05, **_NARROW | {"width": 1 / 6})
-    if run.network == "darts8"
-    else replace(run, epochs=5, lr=0.05, **_NARROW)
-    for run in _PAPER
-)
+_SMALL = {"size": 16, "epochs": 2, "lr": 0.05, "search": 0.3, "projection": 0.2, "cycles": (0.3, 0.7)}
+_NARROW = {"super-resnet": ("super-resnet-14blocks", 0.25), "darts8": ("darts8-2nodes", 1 / 6)}
+
+
+def _short(run: Run) -> Run:
+    network, width = _NARROW[run.network]
+    return replace(run, network=network, width=width, construct_early=True, **_SMALL)
+
+
+_SHORT = tuple(_short(run) for run in _PAPER)
 
 
 def _label(run: Run) -> str:
