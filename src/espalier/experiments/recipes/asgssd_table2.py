@@ -19,7 +19,17 @@ _FULL = Run(
 )
 _PAPER = (_FULL, replace(_FULL, method="h2spg", params=0.225))
 _SHORT = tuple(
-    replace(run, width=0.1, size=16, epochs=3, batch_size=128, search=1 / 3, projection=1 / 3, cycles=(1 / 3, 2 / 3))
+    replace(
+        run,
+        network="super-resnet-14blocks",
+        width=0.25,
+        size=16,
+        epochs=3,
+        batch_size=128,
+        search=1 / 3,
+        projection=1 / 3,
+        cycles=(1 / 3, 2 / 3),
+    )
     for run in _PAPER
 )
 
