@@ -3,6 +3,7 @@
 import sys
 import warnings
 
+import optuna
 import pytest
 import torch
 from torch import nn
@@ -322,7 +323,6 @@ def test_search_needs_optuna(monkeypatch):
 
 
 def test_search_resumes_from_its_storage(tmp_path):
-    optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage, seen = f"sqlite:///{tmp_path}/search.db", []
 
