@@ -258,9 +258,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match="singular without a positive"):
             chita(self.A, None, self.w, 2, ridge)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_not_finite(self, bad):
-        A = self.A.clone()
+    def test_not_finite(self, bad, dtype):
+        A = self.A.to(dtype, copy=True)
         A[1, 2] = bad
         with pytest.raises(ValueError, match="A holds NaN or infinity in row 1"):
             chita(A, None, self.w, 2, 0.1)

@@ -109,17 +109,24 @@ def test_rank_rows_partition(case, monkeypatch):
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
-def test_vmap_falls_back_with_a_warning():
+class OwnLinear(nn.Linear):
+    """No layer that the per-layer products know."""
+
+
+@pytest.mark.parametrize(
+    ("linear", "instead"), [(nn.Linear, "layer by layer"), (OwnLinear, "one backward pass per row")]
+)
+def test_vmap_falls_back_with_a_warning(linear, instead):
     class Item(nn.Module):
         def __init__(self):
             super().__init__()
-            self.fc = nn.Linear(2, 2)
+            self.fc = linear(2, 2)
 
         def forward(self, x):
             return self.fc(x) * float(x.abs().sum().item() > -1)
 
     model, x, y = Item().eval(), torch.randn(3, 2), torch.tensor([0, 1, 0])
-    with pytest.warns(UserWarning, match="one backward pass per row"):
+    with pytest.warns(UserWarning, match=instead):
         found = gradients(model, CE, (x, y), 3, options=GradientOptions(method="vmap"))
     torch.testing.assert_close(found.A, by_autograd(model, found.layout, x, y, 1))
 

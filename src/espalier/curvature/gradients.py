@@ -186,11 +186,10 @@ def _plan(model: nn.Module, layout: WeightLayout, options: GradientOptions, batc
 def _method(model: nn.Module, layout: WeightLayout, wanted: Method, batch: int) -> str:
     if wanted != "auto":
         return wanted
-    if not covers(model, layout):
-        return "vmap"
-    # A row that averages many images is one ordinary backward pass, which multiplies convolutions out faster
     convolutional = any(len(shape) > 2 for shape in layout.shapes)
-    return "loop" if convolutional and batch >= 8 else "layers"
+    if convolutional:  # a row that averages many images is one ordinary backward pass, which multiplies them out faster
+        return "loop" if batch >= 8 else "vmap"
+    return "layers" if covers(model, layout) else "vmap"
 
 
 def _mini_batches(
@@ -264,8 +263,10 @@ def _rows_by_vmap(
     try:
         grads, values = torch.func.vmap(torch.func.grad_and_value(value), in_dims=(None, 0, 0))(wanted, x, y)
     except RuntimeError as error:
-        warnings.warn(f"vmap cannot take this model, one backward pass per row instead: {error}", stacklevel=3)
-        return _rows_by_loop(model, loss, layout, inputs, targets, rows)
+        by_layer = covers(model, layout)
+        instead = "products layer by layer" if by_layer else "one backward pass per row"
+        warnings.warn(f"vmap cannot take this model, {instead} instead: {error}", stacklevel=3)
+        return (rows_by_layer if by_layer else _rows_by_loop)(model, loss, layout, inputs, targets, rows)
     return torch.cat([grads[name].reshape(rows, -1) for name in layout.names], dim=1), values.mean()
 
 

@@ -31,6 +31,18 @@ def working_dtype(A: Tensor) -> torch.dtype:
     return torch.float64 if A.dtype == torch.float64 else torch.float32
 
 
+def surely_finite(A: Tensor) -> bool:
+    """False where an entry is NaN or infinite, or where a sum overflows; one pass over A.
+
+    >>> surely_finite(torch.tensor([[1.0, float("nan")]]))
+    False
+    """
+    # A sum is not finite as soon as one entry is not, and takes no mask of A's size. Where the type changes, torch
+    # converts all that it adds up at once: hence in parts.
+    parts = (A,) if A.dtype == working_dtype(A) else A.split(max(1, CHUNK_BYTES // (4 * A.shape[1])))
+    return all(bool(torch.isfinite(part.sum(dtype=working_dtype(A)))) for part in parts)
+
+
 def columns(A: Tensor, index: Tensor) -> Tensor:
     """A[:, index] in the working type, [n, len(index)]; column-major where A is (the fast case)."""
     picked = A.t().index_select(0, index).t() if A.stride(0) == 1 else A.index_select(1, index)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espalier.curvature.matrix import as_matrix, chunks, working_dtype
+from espalier.curvature.matrix import as_matrix, chunks, surely_finite, working_dtype
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class Problem:
         for name, value in (("w_bar", w_bar), ("b", b)):
             if value is not None and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} holds NaN or infinity at index {int((~torch.isfinite(value)).nonzero()[0])}")
-        # a sum is NaN or infinite as soon as one entry is, and takes one pass without a mask in memory
-        if not bool(torch.isfinite(A.sum(dtype=torch.float64 if A.dtype == torch.float64 else torch.float32))):
+        if not surely_finite(A):
             rows = [i for i in range(n) if not bool(torch.isfinite(A[i]).all())]
             if rows:
                 raise ValueError(f"A holds NaN or infinity in row {rows[0]}: drop that mini-batch, or find its cause")
