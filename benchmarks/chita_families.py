@@ -25,12 +25,12 @@ import tyro
 from torch import Tensor, nn
 
 from espalier import construct, search_space
+from espalier.batchnorm import recalibrate
 from espalier.curvature.gradients import gradients
 from espalier.experiments.chita_task import Draws, Task, accuracy, load_task
 from espalier.saliency import named
 from espalier.select.families import FamilyOptions, charged, prune_structures
 from espalier.select.problem import Problem
-from espalier.select.recalibrate import recalibrate
 from espalier.space.budget import Budget
 from espalier.space.chains import meet
 from espalier.space.search_space import SearchSpace

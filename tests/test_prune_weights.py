@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from espalier import construct, export, search_space
+from espalier.batchnorm import recalibrate
 from espalier.curvature.gradients import gradients
 from espalier.curvature.layout import WeightLayout
 from espalier.errors import BudgetError, FormatError, InvalidSolution, SpaceError
@@ -16,7 +17,6 @@ from espalier.select import chita
 from espalier.select.gradual import GradualOptions, GradualPruner
 from espalier.select.masking import hold_masks, zero_masks
 from espalier.select.multistage import StageOptions
-from espalier.select.recalibrate import recalibrate
 from espalier.select.sparse import SparseLinear, sparse_layout
 from espalier.select.weights import WEIGHT_METHODS, WEIGHT_OPTIONS, fitted, output_loss, prune_weights
 from espalier.space.solution import Solution

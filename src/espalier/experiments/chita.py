@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from espalier.batchnorm import recalibrate
 from espalier.curvature.dual import DualInverse
 from espalier.curvature.gradients import Gradients, gradients
 from espalier.curvature.layout import WeightLayout
@@ -32,7 +33,6 @@ from espalier.select.multistage import StageOptions, chita_plus_plus, in_stages,
 from espalier.select.obs import Inverse, brain_surgeon
 from espalier.select.patterns import cardinality
 from espalier.select.problem import Problem
-from espalier.select.recalibrate import recalibrate
 from espalier.select.result import Result
 
 ONE_SHOT = ("magnitude", "woodfisher", "cbs", "mfac", "chita", "ours-one-shot")

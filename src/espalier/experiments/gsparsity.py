@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from espalier.batchnorm import recalibrate
 from espalier.construct import construct
 from espalier.data import Augment, Batches, Dataset, load
 from espalier.errors import InvalidSolution
@@ -148,22 +149,11 @@ def train(recipe: Recipe, space: SearchSpace, opt: FlatProximal, data: Dataset, 
     return float(loss.detach())
 
 
-@torch.no_grad()
-def recalibrate(model: nn.Module, data: Dataset, seed: int, count: int = 40) -> None:
+def new_statistics(model: nn.Module, data: Dataset, seed: int, count: int = 40) -> None:
     """Take the norms' statistics anew: with a large constant ε the weights move faster than running means follow."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # the plain mean over all batches
-    model.train()
-    for i, (x, _) in enumerate(Batches(data, min(128, len(data)), seed, Augment(pad=4, flip=True), drop_last=True)):
-        model(x)
-        if i + 1 == count:
-            break
-    for m, momentum in zip(norms, before, strict=True):
-        m.momentum = momentum
-    model.eval()
+    size = min(128, len(data))
+    images = (x for x, _ in Batches(data, size, seed, Augment(pad=4, flip=True), drop_last=True))
+    recalibrate(model.eval(), images, samples=count * size, batch=size)
 
 
 def run(recipe: Recipe, out: Path, held_out: int) -> dict[str, Any]:
@@ -174,7 +164,7 @@ def run(recipe: Recipe, out: Path, held_out: int) -> dict[str, Any]:
     start = time.process_time()
     loss = train(recipe, space, opt, data, out / f"{recipe.name}.pt")
     line: dict[str, Any] = {**asdict(recipe), "loss": round(loss, 4), "cpu_s": round(time.process_time() - start, 1)}
-    recalibrate(space.model, data, recipe.seed)
+    new_statistics(space.model, data, recipe.seed)
     line |= {"groups": len(opt.grouping), "images": len(test), "before": right(space.model, test)}
     readings = {"support": opt.zero_groups(), f"support for {PATIENCE} steps": opt.zero_groups(patience=PATIENCE)}
     readings |= {f"norm <= {t:g}": opt.zero_groups(threshold=t) for t in (1e-6, 1e-3)}

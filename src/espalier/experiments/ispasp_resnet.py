@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from espalier.batchnorm import recalibrate
 from espalier.curvature.moments import Moments, collect
 from espalier.experiments.ispasp import Results, accuracy, finetuned, load_images
 from espalier.select.allocate import mac_cost
@@ -86,20 +87,6 @@ def cifar(split: str, first: int | None = None) -> tuple[Tensor, Tensor]:
     if images.shape[-1] == 3:
         images = images.movedim(-1, 1)
     return ((images - 0.5) / 0.5).contiguous(), labels
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
-    """A copy whose batch norms hold the average statistics of the given batches."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-            module.train()
-    for batch in batches:
-        model(batch)
-    return model.eval()
 
 
 def ranked(
@@ -227,7 +214,8 @@ def resnet(
                 small = narrow(model, found)
                 sizes = [len(r.selection.support) for r in found]
                 refitted = name not in ("random", "magnitude", "taylor")
-                again = recalibrate(small, statistics)
+                again = copy.deepcopy(small)
+                recalibrate(again, statistics, samples=sum(map(len, statistics)), batch=len(statistics[0]))
                 pruned = accuracy(small, test_x, test_y) if refitted else None
                 recalibrated = accuracy(again, test_x, test_y)
                 start = small if pruned is not None and pruned > recalibrated else again

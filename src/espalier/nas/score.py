@@ -1,36 +1,24 @@
 """What a network scores: accuracy, after the batch norms have seen the data once more."""
 
-from itertools import islice
-
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from espalier import batchnorm
 from espalier.data import Batches, Dataset
-from espalier.modes import evaluating, keeping_modes
+from espalier.modes import evaluating
 
 
-@torch.no_grad()
 def recalibrate(model: nn.Module, data: Dataset, batches: int = 20, batch_size: int = 128, seed: int = 0) -> None:
-    """Take the batch norms' running statistics anew: plain means over some batches.
+    """Take the batch norms' running statistics anew over some batches; noise is drawn from ``seed``.
 
     While a supernet changes, its running statistics lag behind; without this a score jumps about.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
     torch.manual_seed(seed)
+    size = min(batch_size, len(data))
     device = next(model.parameters()).device
-    try:
-        with keeping_modes(model):
-            model.train()
-            for x, _ in islice(Batches(data, min(batch_size, len(data)), seed, device=device), batches):
-                model(x)
-    finally:
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
+    images = (x for x, _ in Batches(data, size, seed, device=device))
+    batchnorm.recalibrate(model, images, samples=batches * size, batch=size)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espalier.batchnorm import recalibrate
 from espalier.curvature.gradients import GradientOptions, gradients
 from espalier.curvature.layout import WeightLayout, convolution_and_linear
 from espalier.curvature.per_layer import Loss
@@ -23,7 +24,6 @@ from espalier.errors import BudgetError, SpaceError
 from espalier.select.dual import DualState
 from espalier.select.multistage import draw, inputs_of
 from espalier.select.problem import Problem
-from espalier.select.recalibrate import recalibrate
 from espalier.select.structured import StructuredOptions, eliminate, exchange_alike, members_of
 from espalier.space.budget import Budget
 from espalier.space.chains import meet

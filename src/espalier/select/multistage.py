@@ -11,6 +11,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from espalier.batchnorm import recalibrate
 from espalier.curvature.gradients import GradientOptions, gradients
 from espalier.curvature.layout import Predicate, WeightLayout, convolution_and_linear
 from espalier.curvature.matrix import dead_columns
@@ -18,7 +19,6 @@ from espalier.curvature.per_layer import Loss
 from espalier.select.chita import Solver, solve
 from espalier.select.patterns import Quota, cardinality
 from espalier.select.problem import Problem
-from espalier.select.recalibrate import recalibrate
 from espalier.select.result import Result
 
 Schedule = Literal["exponential", "linear", "constant", "cubic"]

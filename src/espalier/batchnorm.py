@@ -1,4 +1,4 @@
-"""Batch norm statistics of a pruned network, taken anew."""
+"""Batch norm statistics of a changed network, taken anew."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from espalier.modes import evaluating
+
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, inputs: Tensor | Iterable[Tensor], samples: int = 2000, batch: int = 250) -> int:
@@ -18,35 +20,35 @@ def recalibrate(model: nn.Module, inputs: Tensor | Iterable[Tensor], samples: in
     >>> recalibrate(model, torch.tensor([[0.0, 1.0], [0.0, 3.0]]))
     2
 
-    inputs: one tensor of samples, or batches of them. Pruned weights change the mean and variance of activations, which
-    the stored statistics do not follow. Each batch counts by its size; means and (unbiased) variances are averaged
-    over batches of `batch`. No weight changes, and every module keeps its mode. Returns the number of samples used; 0,
-    and nothing is run, where the model has no batch norm with statistics.
+    inputs: one tensor of samples, or batches of them. Changed weights change the mean and variance of activations,
+    which the stored statistics do not follow, or follow late. Each batch counts by its size; means and (unbiased)
+    variances are averaged over batches of `batch`. No weight changes, and every module keeps its mode. Returns the
+    number of samples used; 0, and nothing is run, where the model has no batch norm with statistics.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         return 0
     device = next(model.parameters()).device
-    modes, momenta = [(m, m.training) for m in model.modules()], [m.momentum for m in norms]
+    momenta = [m.momentum for m in norms]
     sums = [
         (torch.zeros_like(cast(Tensor, m.running_mean)), torch.zeros_like(cast(Tensor, m.running_var))) for m in norms
     ]
     before = [(cast(Tensor, m.running_mean).clone(), cast(Tensor, m.running_var).clone()) for m in norms]
     used = 0
     try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0  # the running statistics are then those of the last batch
-        for part in _parts(inputs, batch):
-            part = part[: samples - used]
-            if len(part) < 2:  # one sample has no variance
-                break
-            model(part.to(device))
-            for norm, (mean, variance) in zip(norms, sums, strict=True):
-                mean.add_(cast(Tensor, norm.running_mean), alpha=len(part))
-                variance.add_(cast(Tensor, norm.running_var), alpha=len(part))
-            used += len(part)
+        with evaluating(model):
+            for norm in norms:
+                norm.train()
+                norm.momentum = 1.0  # the running statistics are then those of the last batch
+            for part in _parts(inputs, batch):
+                part = part[: samples - used]
+                if len(part) < 2:  # one sample has no variance
+                    break
+                model(part.to(device))
+                for norm, (mean, variance) in zip(norms, sums, strict=True):
+                    mean.add_(cast(Tensor, norm.running_mean), alpha=len(part))
+                    variance.add_(cast(Tensor, norm.running_var), alpha=len(part))
+                used += len(part)
         for norm, new, old in zip(norms, sums, before, strict=True):
             mean, variance = (new[0] / used, new[1] / used) if used else old
             cast(Tensor, norm.running_mean).copy_(mean)
@@ -54,8 +56,6 @@ def recalibrate(model: nn.Module, inputs: Tensor | Iterable[Tensor], samples: in
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
     return used
 
 
