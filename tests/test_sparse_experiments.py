@@ -11,7 +11,7 @@ from torch import nn
 
 from espalier import Budget, construct, search_space
 from espalier.data import Dataset
-from espalier.experiments import gsparsity, l0_wrn, sparse_methods
+from espalier.experiments import gsparsity, l0_table, l0_wrn, sparse_methods
 from espalier.models.lenet5 import LeNet5
 from espalier.models.wide_resnet import WideResNet
 from espalier.space.chains import meet
@@ -111,3 +111,40 @@ def test_the_guide_runs_as_printed():
     torch.manual_seed(0)
     for code in re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL):
         exec(compile(code, guide.name, "exec"), names)
+
+
+def test_the_table_of_gates_has_a_row_for_each_recipe_and_means_over_seeds():
+    def log(prune, opened):
+        last = {"epoch": 2, "open": opened, "prune": prune, "accuracy": 98.0, "macs_share": 0.1, "undecided": 0.25}
+        return [{"cpu_s": 1.0}, last | {"cpu_s": 3.0}]
+
+    logs = {
+        "mlp-arm-one-0": log(86.0, "9-8-7"),
+        "mlp-arm-one-1": log(88.0, "6-5-4"),
+        "lenet5-hc-separate-0": log(1.0, "1"),
+    }
+    tables = l0_table.table(logs).split("\n\n")
+    assert [t.splitlines()[0].split(" |")[0] for t in tables] == ["| mlp", "| lenet5"]
+    assert tables[0].splitlines()[2:] == [
+        "| L0-ARM, one λ | 0, 1 | 2 | 9-8-7, 6-5-4 | 87.00 ± 1.41 | 98.00 ± 0.00 | 10.00 ± 0.00 | 25.0 ± 0.0 | 2.0 "
+        "| 143-153-78, 87.00, 98.3 |"
+    ]
+    assert tables[1].splitlines()[2].startswith("| L0-HC, a λ per layer | 0 | 2 | 1 | 1.00 | 98.00 |")
+
+
+def test_the_table_over_all_methods_shows_means_and_deviations():
+    line = {
+        "method": "rmda",
+        "strength": 0.03,
+        "own_macs": 0.5,
+        "own_accuracy": 80.0,
+        "cut_accuracy": 70.0,
+        "cpu_s": 9.6,
+    }
+    lines = [
+        line | {"seed": 1, "widths": [3, 4], "accuracy": 82.0},
+        line | {"seed": 0, "widths": [1, 2], "accuracy": 80.0},
+    ]
+    assert sparse_methods.table(lines).splitlines()[2:] == [
+        "| rmda | 0.03 | 2 | 0.500 ± 0.000, 80.00 ± 0.00 | 1-2, 3-4 | 70.00 ± 0.00 | 81.00 ± 1.41 | 10 ± 0 |"
+    ]

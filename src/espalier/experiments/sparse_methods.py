@@ -1,6 +1,7 @@
 """All methods that sparsify while training, and magnitude pruning, on one network, data, length and budget.
 
     ESPALIER_DATA=... python -m espalier.experiments.sparse_methods --out runs/sparse_methods
+    python -m espalier.experiments.sparse_methods --table --out runs/sparse_methods
 
 LeNet-5-Caffe on Fashion-MNIST, channels (filters and neurons) of its three hidden layers. Every method trains for
 ``epochs``, is then cut to the budget of MACs (what it has not closed itself goes in the order of its own score), and
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -43,6 +45,17 @@ PROXIMAL: dict[str, Callable[[Grouping, float], FlatProximal]] = {
     "ramda": lambda groups, mu: RAMDA(groups, mu, lr=0.01),
 }
 GATES_LR = {"hc": 2e-2, "ar": 3e-3, "arm": 3e-3}  # of φ; the weights' is 1e-3
+
+COLUMNS = (
+    "method",
+    "strength",
+    "seeds",
+    "itself: MACs left, accuracy %",
+    "cut: widths",
+    "accuracy after the cut %",
+    "after fine-tuning %",
+    "CPU s",
+)
 
 
 @dataclass(frozen=True)
@@ -179,6 +192,25 @@ def run(recipe: Recipe) -> dict[str, Any]:
     return line
 
 
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown of all runs: means, and sample deviations where a method has several seeds."""
+    rows = [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
+    for method in METHODS:
+        runs = sorted((line for line in lines if line["method"] == method), key=lambda line: line["seed"])
+        if runs:
+            own = f"{_spread(runs, 'own_macs', 3)}, {_spread(runs, 'own_accuracy')}"
+            widths = ", ".join("-".join(map(str, run["widths"])) for run in runs)
+            cells = (f"{runs[0]['strength']:g}", str(len(runs)), own, widths, _spread(runs, "cut_accuracy"))
+            rows.append(f"| {' | '.join((method, *cells, _spread(runs, 'accuracy'), _spread(runs, 'cpu_s', 0)))} |")
+    return "\n".join(rows)
+
+
+def _spread(runs: list[dict[str, Any]], key: str, digits: int = 2) -> str:
+    values = [run[key] for run in runs]
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
 def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -190,7 +222,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/sparse_methods"))
+    parser.add_argument("--table", action="store_true", help="print the runs that are there")
     args = parser.parse_args()
+    if args.table:
+        print(table([json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seed:
         for method in args.method:
