@@ -1,11 +1,13 @@
 """CPU seconds of an epoch (600 steps of 100 images) with gates, beside the L0-ARM authors' code, by turns.
 
-    python benchmarks/l0_epoch.py [--reference CHECKOUT] [--steps 60] [--network mlp lenet5]
+    python benchmarks/l0_epoch.py [--reference CHECKOUT] [--steps 60] [--network mlp lenet5] [--method arm ar]
+        [--trained runs/l0]
 
 CHECKOUT is a clone of https://github.com/leo-yangli/l0-arm (read, not changed). Both start from the same gate
-probabilities, on random images of MNIST's shape, and take turns of 20 steps. Printed is 600 times a step of the median
-turn and of the fastest one, which other work on the machine disturbs least. Theirs is timed without its meters and
-plots.
+probabilities, on random images of MNIST's shape, and take turns of 20 steps. With --trained, ours starts from the
+weights and gates that the runs of espalier.experiments.l0 in that folder have reached (theirs costs the same
+throughout). Printed is 600 times a step of the median turn and of the fastest one, which other work on the machine
+disturbs least. Theirs is timed without its meters and plots.
 """
 
 import argparse
@@ -26,9 +28,13 @@ BLOCK = 20
 Steps = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-def ours(network: str, method: str) -> Steps:
+def ours(network: str, method: str, trained: Path | None = None) -> Steps:
     """Steps of the recipe in espalier.experiments.l0."""
     gates = gated(Recipe(network, method), 60_000)
+    if trained:
+        state = torch.load(sorted(trained.glob(f"{network}-{method}-one-*.pt"))[0], weights_only=True)
+        gates.model.load_state_dict(state["model"])
+        gates.load_state_dict(state["gates"])
     opt = torch.optim.Adam([*gates.model.parameters(), *gates.parameters()], lr=1e-3, fused=True)
     order = torch.arange(100 * BLOCK)
 
@@ -64,15 +70,17 @@ def theirs(network: str, method: str, checkout: Path) -> Steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--reference", type=Path)
+    parser.add_argument("--trained", type=Path)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--network", nargs="+", choices=("mlp", "lenet5"), default=["mlp", "lenet5"])
+    parser.add_argument("--method", nargs="+", choices=("arm", "ar"), default=["arm", "ar"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     x, y = torch.randn(100 * BLOCK, 1, 28, 28), torch.randint(10, (100 * BLOCK,))
     rows = []
     for network in args.network:
-        for method in ("arm", "ar"):
-            makers = {"ours": ours(network, method)}
+        for method in args.method:
+            makers = {"ours": ours(network, method, args.trained)}
             if args.reference:
                 makers["theirs"] = theirs(network, method, args.reference)
             spent: dict[str, list[float]] = {name: [] for name in makers}

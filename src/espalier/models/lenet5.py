@@ -1,9 +1,7 @@
 """LeNet-5-Caffe, 20-50-800-500, of Table 2 of L0-ARM.
 
-Source: https://github.com/BVLC/caffe/tree/master/examples/mnist, with the initialisation of the L0-ARM
-authors'
-code: normal, fan-out for convolutions and fan-in for linear layers, biases 0. 431,080 parameters, 430,500 of
-    them weights.
+Source: https://github.com/BVLC/caffe/tree/master/examples/mnist, with the initialisation of the L0-ARM authors' code:
+normal, fan-out for convolutions and fan-in for linear layers, biases 0. 431,080 parameters, 430,500 of them weights.
 """
 
 import torch
