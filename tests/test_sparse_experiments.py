@@ -12,6 +12,7 @@ from torch import nn
 from espalier import Budget, construct, search_space
 from espalier.data import Dataset
 from espalier.experiments import gsparsity, l0_table, l0_wrn, sparse_methods
+from espalier.experiments.logs import forget_after
 from espalier.models.lenet5 import LeNet5
 from espalier.models.wide_resnet import WideResNet
 from espalier.space.chains import meet
@@ -148,3 +149,12 @@ def test_the_table_over_all_methods_shows_means_and_deviations():
     assert sparse_methods.table(lines).splitlines()[2:] == [
         "| rmda | 0.03 | 2 | 0.500 ± 0.000, 80.00 ± 0.00 | 1-2, 3-4 | 70.00 ± 0.00 | 81.00 ± 1.41 | 10 ± 0 |"
     ]
+
+
+def test_a_resumed_log_forgets_what_its_checkpoint_does_not_know(tmp_path):
+    log = tmp_path / "run.jsonl"
+    log.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3}\n{"epo')
+    forget_after(log, "epoch", 2)
+    assert log.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+    forget_after(log, "epoch", 0)
+    assert log.read_text() == ""

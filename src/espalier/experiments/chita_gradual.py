@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from espalier.curvature.layout import WeightLayout
 from espalier.experiments.chita_task import Draws, Task, accuracy, augmented, load_task
+from espalier.experiments.logs import forget_after
 from espalier.select.gradual import GradualOptions, GradualPruner
 from espalier.select.multistage import StageOptions
 from espalier.select.patterns import Quota, cardinality
@@ -109,6 +110,7 @@ def gradual(task: Task, method: str, path: Path, seed: int, recipe: Short, stop_
         optimizer.load_state_dict(saved["optimizer"])
         pruner.load_state_dict(saved["pruner"])
         epoch, seconds = saved["epoch"], saved["seconds"]
+    forget_after(path.with_suffix(".jsonl"), "epoch", epoch)
     last = sum(recipe.epochs)
     end = last if stop_after is None else min(last, epoch + stop_after)
     while epoch < end:
@@ -125,6 +127,8 @@ def gradual(task: Task, method: str, path: Path, seed: int, recipe: Short, stop_
             line["accuracy"] = accuracy(model, (task.judge[0][: recipe.judged], task.judge[1][: recipe.judged]))
             line["target"] = recipe.targets[_ends(recipe).index(epoch)]
             line["zeros"] = sum(int((model.get_parameter(name) == 0).sum()) for name in pruner.masks)
+        with path.with_suffix(".jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
         temporary = state.with_suffix(".part")
         torch.save(
             {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "pruner": pruner.state_dict()}
@@ -132,8 +136,6 @@ def gradual(task: Task, method: str, path: Path, seed: int, recipe: Short, stop_
             temporary,
         )
         os.replace(temporary, state)
-        with path.with_suffix(".jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
     return model
 
 

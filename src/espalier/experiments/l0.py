@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from espalier.data import load
+from espalier.experiments.logs import forget_after
 from espalier.models.lenet5 import LeNet5
 from espalier.models.mlp_l0 import MLP
 from espalier.space.cost import measure
@@ -157,6 +158,7 @@ def run(recipe: Recipe, out: Path, save_every: int = 5) -> dict[str, Any]:
         opt.load_state_dict(state["opt"])
         halving.load_state_dict(state["halving"])
         start, line = state["epoch"], state["line"]
+    forget_after(log, "epoch", start)
     for epoch in range(start, recipe.epochs):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(recipe.seed * 100_003 + epoch))
         clock, cpu = time.perf_counter(), time.process_time()

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from espalier.construct import construct
 from espalier.data import Augment, Batches, Dataset, load
+from espalier.experiments.logs import forget_after
 from espalier.models.wide_resnet import WideResNet
 from espalier.space.search_space import search_space
 from espalier.space.solution import Solution
@@ -122,6 +123,7 @@ def run(recipe: Recipe, out: Path, limit: int = 0) -> dict[str, Any]:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         start, line = state["epoch"], state["line"]
+    forget_after(log, "epoch", start)
     for epoch in range(start, recipe.epochs):
         clock, losses = time.process_time(), []
         gates.model.train()

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-__all__ = ["Log", "tensorboard_missing"]
+__all__ = ["Log", "forget_after", "tensorboard_missing"]
 
 MISSING = "No TensorBoard log: it needs a package of its own. pip install 'espalier[experiments]'"
 
@@ -20,18 +20,21 @@ def tensorboard_missing() -> str:
     return ""
 
 
-class Log:
-    """Appends to ``log.jsonl`` and ``tensorboard/`` of a folder.
-
-    Lines after ``step`` (those of a killed run that its last checkpoint does not know) are dropped.
+def forget_after(path: Path, key: str, last: int) -> None:
+    """Drop the lines of a log whose ``key`` is beyond ``last``: those of a killed run that its checkpoint does not
+    know, among them a line that was cut short.
     """
+    lines = path.read_text().splitlines(keepends=True) if path.exists() and last else []
+    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)[key] <= last))
+
+
+class Log:
+    """Appends to ``log.jsonl`` and ``tensorboard/`` of a folder; lines after ``step`` are dropped."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and step else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(kept))
+        forget_after(self.path, "step", step)
         self.writer: Any = None
         if not tensorboard_missing():
             from torch.utils.tensorboard import SummaryWriter
