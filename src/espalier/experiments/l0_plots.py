@@ -27,22 +27,25 @@ def draw(logs: dict[str, Log], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    colours = {name: f"C{i % 10}" for i, name in enumerate(logs)}
     spread = {name: log for name, log in logs.items() if "pi" in log[-1]}
     figure, axes = pyplot.subplots(1, 3 + bool(spread), figsize=(4.2 * (3 + bool(spread)), 3.4))
     panels = (("prune", "weights pruned, %"), ("expected_share", "expected MACs in training, share"),
               ("macs_share", "MACs of the constructed network, share"))  # fmt: skip
     for axis, (key, title) in zip(axes, panels, strict=False):
         for name, log in logs.items():
-            axis.plot([line["epoch"] for line in log], [line[key] for line in log], label=name)
+            axis.plot([line["epoch"] for line in log], [line[key] for line in log], colours[name], label=name)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("epoch")
     axes[0].legend(fontsize=7)
     if spread:
         for name, log in spread.items():
-            for line, style in ((log[0], ":"), (log[-1], "-")):
+            first = next(line for line in log if "pi" in line)
+            for line, style in ((first, ":"), (log[-1], "-")):
                 total, count = sum(line["pi"]), len(line["pi"])
                 middles = [(i + 0.5) / count for i in range(count)]
-                axes[3].plot(middles, [n / total for n in line["pi"]], style, label=f"{name}, epoch {line['epoch']}")
+                shares, label = [n / total for n in line["pi"]], f"{name}, epoch {line['epoch']}"
+                axes[3].plot(middles, shares, style, color=colours[name], label=label)
         axes[3].set_title("share of gates by probability", fontsize=9)
         axes[3].legend(fontsize=7)
     figure.tight_layout()
