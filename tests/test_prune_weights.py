@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,13 @@ from torch import nn
 
 from espalier import construct, export, search_space
 from espalier.batchnorm import recalibrate
-from espalier.curvature.gradients import gradients
+from espalier.curvature.gradients import GradientOptions, gradients
 from espalier.curvature.layout import WeightLayout
 from espalier.errors import BudgetError, FormatError, InvalidSolution, SpaceError
 from espalier.select import chita
 from espalier.select.gradual import GradualOptions, GradualPruner
 from espalier.select.masking import hold_masks, zero_masks
-from espalier.select.multistage import StageOptions
+from espalier.select.multistage import StageOptions, chita_plus_plus, in_stages
 from espalier.select.sparse import SparseLinear, sparse_layout
 from espalier.select.weights import WEIGHT_METHODS, WEIGHT_OPTIONS, fitted, output_loss, prune_weights
 from espalier.space.solution import Solution
@@ -270,6 +271,48 @@ def test_stages_with_new_statistics(task):
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), 32, shuffle=True)
     again, solution = prune_weights(space, loader, keep=0.3, options=options)
     assert solution.provenance["kept"] == int(0.3 * 240)
+
+
+def test_free_weights_are_refitted_with_those_that_stay(task):
+    """Against the normal equations of problem (5) over the support and all parameters that are not prunable."""
+    model, (x, y) = task[0].model.double().eval(), task[1]
+    options = StageOptions(1, n=40, batch=4, ridge=0.1, solver="magnitude", drop_dead=False, free=True)
+    options = replace(options, gradient=GradientOptions(dtype=torch.float64))
+    loader = [(x[:160].double(), y[:160])]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    result, pruned = in_stages(model, CE, loader, 0.3, options)
+    layout = WeightLayout.of(model)
+    assert (len(result.weights), result.kept) == (layout.numel, int(0.3 * layout.numel))
+
+    rows = []
+    for a, b in zip(loader[0][0].split(4), loader[0][1].split(4), strict=True):
+        found = torch.autograd.grad(CE(model(a), b), list(model.parameters()))
+        rows.append(torch.cat([g.flatten() for g in found]))
+    A = torch.stack(rows)
+    names = [name for name, _ in model.named_parameters()]
+    w_bar = torch.cat([before[name].flatten() for name in names])
+    masks = result.masks(layout)
+    support = torch.cat([masks.get(name, torch.ones_like(before[name], dtype=torch.bool)).flatten() for name in names])
+    rho, target = 40 * 0.1, A @ w_bar - 1.0 / 4
+    inside = A[:, support]
+    wanted = torch.zeros_like(w_bar)
+    wanted[support] = torch.linalg.solve(
+        inside.T @ inside + rho * torch.eye(inside.shape[1], dtype=A.dtype), inside.T @ target + rho * w_bar[support]
+    )
+    torch.testing.assert_close(torch.cat([p.detach().flatten() for p in pruned.parameters()]), wanted)
+    assert not pruned.norm.weight.equal(before["norm.weight"])
+    with pytest.raises(ValueError, match="in_stages"):
+        chita_plus_plus(model, CE, loader, 0.3, options)
+
+
+def test_free_weights_reach_the_constructed_network(task):
+    space, data = task
+    options = StageOptions(stages=2, n=40, batch=4, free=True)
+    again, solution = prune_weights(space, data, keep=0.3, options=options)
+    assert solution.provenance["kept"] == int(0.3 * 240)
+    small = construct(again, solution)
+    assert not small.norm.bias.equal(space.model.norm.bias)
+    assert sum(int((p != 0).sum()) for p in small.parameters() if p.ndim > 1) == int(0.3 * 240)
 
 
 class TestBadInput:

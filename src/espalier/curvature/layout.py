@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -85,6 +85,14 @@ class WeightLayout:
             raise ValueError(f"expected {self.numel} values, got {vector.numel()}")
         parts = vector.split(self.sizes)
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+    def holds(self, names: Collection[str]) -> Tensor:
+        """Which of the p weights belong to these tensors, bool [p].
+
+        >>> WeightLayout(("a", "b"), ((2,), (1,))).holds({"a"})
+        tensor([ True,  True, False])
+        """
+        return torch.repeat_interleave(torch.tensor([n in names for n in self.names]), torch.tensor(self.sizes))
 
     def tensor_index(self) -> Tensor:
         """For each of the p weights, the index of its tensor (int64): the cells of a per-layer budget."""

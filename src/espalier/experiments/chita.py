@@ -85,7 +85,9 @@ SETTINGS: dict[str, Settings] = {
         damping={"woodfisher": 1e-5, "cbs": 1e-5, "mfac": 1e-5, "chita": 1e-5, "ours-one-shot": 1e-5},
         staged={
             "chita++": StageOptions(50, "cubic", 250, 8, 0.1, True, "magnitude", drop_dead=False, recalibrate=500),
-            "ours": StageOptions(50, "cubic", 250, 8, 0.1, True, "exchange", drop_dead=False, recalibrate=500),
+            "ours": StageOptions(
+                50, "cubic", 500, 4, 0.2, True, "exchange", drop_dead=False, recalibrate=500, free=True
+            ),
         },
         path=_path("resnet20", (2, 2, 2, 4, 7, 11, 22)),
         fresh=2000,

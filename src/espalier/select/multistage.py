@@ -62,7 +62,8 @@ class StageOptions:
     on all samples (a pixel that is always black) do not change the model of the loss; they are dropped
     rather than kept for the ridge's sake. seed: draws the samples, where the data is a pair of tensors.
     recalibrate: samples (of the stage's own) over which batch norm statistics are taken anew after each stage; 0
-    leaves them as they are.
+    leaves them as they are. free: what is not prunable (norms, biases) is refitted along with the weights that stay,
+    which problem (5) allows though the paper does not do it.
     """
 
     stages: int = 15
@@ -75,6 +76,7 @@ class StageOptions:
     drop_dead: bool = True
     seed: int = 0
     recalibrate: int = 0
+    free: bool = False
     gradient: GradientOptions = field(default_factory=GradientOptions)
 
 
@@ -99,8 +101,11 @@ def chita_plus_plus(
     At stage t: A from a fresh batch at wᵗ⁻¹, then wᵗ solves problem (5) with w̄ = wᵗ⁻¹ and
     k = ⌊keepₜ · p⌋. `path` gives the densities themselves instead of a schedule (`keep` is then ignored).
     `on_stage(t, copy of the model, result)` is called after each stage. Returns the last stage's result,
-    whose history holds the objective of every stage; `WeightLayout.write` applies it.
+    whose history holds the objective of every stage; `WeightLayout.write` applies it. ValueError with `options.free`,
+    whose other weights no `Result` holds.
     """
+    if options is not None and options.free:
+        raise ValueError("free=True changes more than the prunable weights: use in_stages, which returns the model")
     return in_stages(model, loss, data, keep, options, prunable, path, on_stage)[0]
 
 
@@ -119,20 +124,21 @@ def in_stages(
     steps = list(path) if path is not None else densities(options.schedule, options.stages, _fraction(keep))
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(options.seed)
+    layout = WeightLayout.of(model, prunable)
+    taken = _any_trainable(prunable) if options.free else prunable
+    mine = WeightLayout.of(model, taken).holds(layout.names)
     result, history = None, []
     for stage, density in enumerate(steps, 1):
         sample = draw(data, options.n * options.batch, generator)
         try:
-            found = gradients(model, loss, sample, options.n, options.batch, prunable, options.gradient).gathered()
+            found = gradients(model, loss, sample, options.n, options.batch, taken, options.gradient).gathered()
         except ValueError as error:
             raise ValueError(f"stage {stage} of {len(steps)}: {error}") from error
-        quota = (
-            keep(found.layout, density)
-            if callable(keep)
-            else cardinality(int(density * found.layout.numel), found.layout.numel)
-        )
-        result = prune_once(found.A, found.w_bar, quota, options)
+        quota = keep(layout, density) if callable(keep) else cardinality(int(density * layout.numel), layout.numel)
+        result = prune_once(found.A, found.w_bar, quota, options, mine if options.free else None)
         found.layout.write(model, result.weights)
+        if options.free:
+            result = replace(result, weights=result.weights[mine], support=result.support[mine])
         if options.recalibrate:
             recalibrate(model, inputs_of(sample), options.recalibrate)
         history.append(result.objective)
@@ -149,14 +155,20 @@ def inputs_of(data: Data) -> Tensor | Iterable[Tensor]:
     return (pair[0] for pair in cast(Iterable[tuple[Tensor, Tensor]], data))
 
 
-def prune_once(A: Tensor, w_bar: Tensor, quota: Quota, options: StageOptions) -> Result:
-    """One stage on given gradients."""
+def prune_once(A: Tensor, w_bar: Tensor, quota: Quota, options: StageOptions, mine: Tensor | None = None) -> Result:
+    """One stage on given gradients; the quota is over the weights that `mine`, bool [p], names (None: over all)."""
     dead = dead_columns(A) if options.drop_dead else torch.zeros(A.shape[1], dtype=torch.bool)
+    if mine is not None:
+        dead, quota = dead & mine, quota.among(mine)
     aim = torch.where(dead, torch.zeros((), dtype=w_bar.dtype), w_bar)
     problem = Problem.of(A, None, aim, options.ridge)
     if options.first_order:  # b = Aw̄ − e/m, given as the residual itself
         problem = replace(problem, residual=problem.residual - 1.0 / options.batch)
     return solve(problem, quota, options.solver)
+
+
+def _any_trainable(prunable: Predicate) -> Predicate:
+    return lambda name, module, parameter: parameter.requires_grad or prunable(name, module, parameter)
 
 
 def draw(data: Data, count: int, generator: torch.Generator) -> Data:

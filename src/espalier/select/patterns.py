@@ -72,6 +72,16 @@ class Quota:
         keep[order[rank < self.quota[cells]]] = True
         return keep
 
+    def among(self, mine: Tensor) -> Quota:
+        """The same quotas for the weights that `mine`, bool [p], names in this order; all others stay.
+
+        >>> Quota(torch.tensor([0, 0]), torch.tensor([1])).among(torch.tensor([True, False, True])).kept
+        2
+        """
+        cell = torch.full(mine.shape, len(self.quota))
+        cell[mine] = self.cell
+        return Quota(cell, torch.cat([self.quota, (~mine).sum().view(1)]))
+
     def restrict(self, index: Tensor) -> Quota:
         """The same quotas over a subset of the weights (which must still be able to fill them)."""
         return Quota(self.cell[index], self.quota)
