@@ -78,8 +78,10 @@ def test_missing_data_is_said(monkeypatch):
 
 def test_paths_pass_through_the_table():
     for network, settings in experiment.SETTINGS.items():
-        assert list(settings.path) == sorted(settings.path)
-        assert set(experiment.SPARSITIES[network]) <= set(settings.path)
+        assert set(settings.path) == set(experiment.STAGED)
+        for path in settings.path.values():
+            assert list(path) == sorted(path)
+            assert set(experiment.SPARSITIES[network]) <= set(path)
 
 
 def test_table_shows_mean_and_standard_error(tmp_path):

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -44,8 +44,8 @@ DIRECT = ("chita++ direct",)  # a run of its own for each sparsity
 class Settings:
     """What was chosen on the held-out part of the training set, per network.
 
-    path: sparsities of one run of stages that passes through all of the table's, instead of a run for each;
-    up to each of them it is a multi-stage run that ends there. fresh: training images over which batch norm
+    path: of a staged method, the sparsities of one run of stages that passes through all of the table's, instead of
+    a run for each; up to each of them it is a multi-stage run that ends there. fresh: training images over which batch norm
     statistics are taken anew for a second accuracy of the methods in `judged_twice`; 0 for none.
     """
 
@@ -53,7 +53,7 @@ class Settings:
     batch: int
     damping: dict[str, float]
     staged: dict[str, StageOptions]
-    path: tuple[float, ...] = ()
+    path: dict[str, tuple[float, ...]] = field(default_factory=dict)
     fresh: int = 0
     judged_twice: tuple[str, ...] = ("magnitude", "chita", "ours-one-shot")
 
@@ -77,7 +77,7 @@ SETTINGS: dict[str, Settings] = {
             "chita++ direct": StageOptions(50, "cubic", 1000, 16, 3e-3, True, "magnitude", drop_dead=False),
             "ours": StageOptions(50, "cubic", 1000, 16, 1e-3, True, "exchange"),
         },
-        path=_path("mlpnet", (16, 5, 5, 5, 7, 9, 15)),
+        path=dict.fromkeys(("chita++", "ours"), _path("mlpnet", (16, 5, 5, 5, 7, 9, 15))),
     ),
     "resnet20": Settings(
         n=500,
@@ -86,10 +86,13 @@ SETTINGS: dict[str, Settings] = {
         staged={
             "chita++": StageOptions(50, "cubic", 250, 8, 0.1, True, "magnitude", drop_dead=False, recalibrate=500),
             "ours": StageOptions(
-                50, "cubic", 500, 4, 0.2, True, "exchange", drop_dead=False, recalibrate=500, free=True
+                80, "cubic", 500, 4, 0.2, True, "exchange", drop_dead=False, recalibrate=500, free=True
             ),
         },
-        path=_path("resnet20", (2, 2, 2, 4, 7, 11, 22)),
+        path={
+            "chita++": _path("resnet20", (2, 2, 2, 4, 7, 11, 22)),
+            "ours": _path("resnet20", (2, 2, 3, 7, 13, 19, 34)),
+        },
         fresh=2000,
     ),
 }
@@ -158,12 +161,12 @@ def run(
             if method == "magnitude" and seed > 0:
                 continue  # nothing in it is random
             found = None
-            if method in STAGED and settings.path and todo:
+            if method in settings.path and todo:
                 options, state = settings.staged[method], out.with_suffix(f".{method}-{seed}.pt")
                 cells = (
-                    _stage_by_stage(task, options, settings.path, todo, seed, state)
+                    _stage_by_stage(task, options, settings.path[method], todo, seed, state)
                     if task.train[0].shape[1] == 3
-                    else _along_path(task, options, settings.path, todo, seed)
+                    else _along_path(task, options, settings.path[method], todo, seed)
                 )
                 for cell in cells:
                     record({"method": method, "seed": seed, **cell})
