@@ -45,8 +45,8 @@ class Settings:
     """What was chosen on the held-out part of the training set, per network.
 
     path: of a staged method, the sparsities of one run of stages that passes through all of the table's, instead of
-    a run for each; up to each of them it is a multi-stage run that ends there. fresh: training images over which batch norm
-    statistics are taken anew for a second accuracy of the methods in `judged_twice`; 0 for none.
+    a run for each; up to each of them it is a multi-stage run that ends there. fresh: training images over which
+    batch norm statistics are taken anew for a second accuracy of the methods in `judged_twice`; 0 for none.
     """
 
     n: int
