@@ -126,7 +126,7 @@ def in_stages(
     generator = torch.Generator().manual_seed(options.seed)
     layout = WeightLayout.of(model, prunable)
     taken = _any_trainable(prunable) if options.free else prunable
-    mine = WeightLayout.of(model, taken).holds(layout.names)
+    mine = WeightLayout.of(model, taken).holds(layout.names) if options.free else None
     result, history = None, []
     for stage, density in enumerate(steps, 1):
         sample = draw(data, options.n * options.batch, generator)
@@ -135,9 +135,9 @@ def in_stages(
         except ValueError as error:
             raise ValueError(f"stage {stage} of {len(steps)}: {error}") from error
         quota = keep(layout, density) if callable(keep) else cardinality(int(density * layout.numel), layout.numel)
-        result = prune_once(found.A, found.w_bar, quota, options, mine if options.free else None)
+        result = prune_once(found.A, found.w_bar, quota, options, mine)
         found.layout.write(model, result.weights)
-        if options.free:
+        if mine is not None:
             result = replace(result, weights=result.weights[mine], support=result.support[mine])
         if options.recalibrate:
             recalibrate(model, inputs_of(sample), options.recalibrate)
