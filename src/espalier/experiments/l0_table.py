@@ -5,11 +5,12 @@ python -m espalier.experiments.l0_table docs/results/l0/*.jsonl
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from espalier.experiments.l0_plots import Log, read
+from espalier.experiments.spread import spread
 
 # Retained, weights pruned in per cent, accuracy in per cent: medians of five runs.
 PAPER = {
@@ -55,20 +56,14 @@ def _row(key: tuple[str, str, str], found: list[tuple[str, Log]]) -> str:
         ", ".join(seed for seed, _ in found),
         ", ".join(dict.fromkeys(str(line["epoch"]) for line in last)),
         ", ".join(line["open"] for line in last),
-        _spread(line["prune"] for line in last),
-        _spread(line["accuracy"] for line in last),
-        _spread(100.0 * line["macs_share"] for line in last),
-        _spread((100.0 * line["undecided"] for line in last), 1),
+        spread(line["prune"] for line in last),
+        spread(line["accuracy"] for line in last),
+        spread(100.0 * line["macs_share"] for line in last),
+        spread((100.0 * line["undecided"] for line in last), 1),
         f"{mean(line['cpu_s'] for _, log in found for line in log):.1f}",
         PAPER[key],
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _spread(values: Iterable[float], digits: int = 2) -> str:
-    values = list(values)
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

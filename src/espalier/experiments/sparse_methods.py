@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from espalier.construct import construct
 from espalier.data import load
+from espalier.experiments.spread import spread
 from espalier.models.lenet5 import LeNet5
 from espalier.saliency import named
 from espalier.space.budget import Budget
@@ -206,9 +206,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def _spread(runs: list[dict[str, Any]], key: str, digits: int = 2) -> str:
-    values = [run[key] for run in runs]
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
+    return spread((run[key] for run in runs), digits)
 
 
 def main() -> None:
