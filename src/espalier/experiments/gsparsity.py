@@ -4,13 +4,14 @@
     ESPALIER_DATA=... python -m espalier.experiments.gsparsity --network resnet20 --mu 0.01 0.02 0.04
 
 Each μ trains the network with one group per operation ("darts-v2": the published cells; "cells": every operation on
-every edge) or per filter with its norm ("resnet20", from a trained checkpoint). What ends at zero is removed; the
+every edge) or per filter with its norm ("resnet20", from a trained checkpoint; "resnet56", from scratch). What ends at zero is removed; the
 accuracy is taken before, and after with several readings of "zero", without any retraining. One JSON line per μ; those
 that are there are not run again, and a run that was stopped goes on.
 """
 
 import argparse
 import json
+import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from espalier.data import Augment, Batches, Dataset, load
 from espalier.errors import InvalidSolution
 from espalier.experiments.ispasp_resnet import load_dense
 from espalier.models.darts import DARTS
+from espalier.models.resnet_cifar import CifarResNet
 from espalier.nas.genotype import genotype
 from espalier.space.search_space import SearchSpace, search_space
 from espalier.sparsify.flat import FlatProximal
@@ -36,19 +38,22 @@ from espalier.sparsify.proxsgd import ProxSGD
 from espalier.sparsify.rmda import RAMDA, RMDA
 
 METHODS = {"proxsgd": ProxSGD, "rmda": RMDA, "ramda": RAMDA}
-NETWORKS = ("darts-v2", "cells", "resnet20")
+NETWORKS = ("darts-v2", "cells", "resnet20", "resnet56")
 PATIENCE = 140  # steps after which a dead group of norm 1 has decayed below 1e-6 at ε = 0.1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. ``lr`` is ε, constant; ``channels`` and ``cells`` are those of the DARTS networks."""
+    """One run. ``lr`` is ε, constant, or with ``falls`` down to a tenth by a cosine; ``channels`` and ``cells`` are those
+    of the DARTS networks.
+    """
 
     network: str = "darts-v2"
     mu: float = 0.1
     method: str = "proxsgd"
     steps: int = 500
     lr: float = 0.1
+    falls: bool = False
     rho: float = 0.9
     batch_size: int = 64
     channels: int = 8
@@ -58,7 +63,17 @@ class Recipe:
     @property
     def name(self) -> str:
         """Of the run's files."""
-        return f"{self.network}-{self.method}-{self.mu:g}-{self.steps}-{self.seed}"
+        return f"{self.network}-{self.method}-{self.mu:g}-{self.steps}-{self.seed}{'-falls' if self.falls else ''}"
+
+    def step_size(self, step: int) -> float:
+        """ε at a step.
+
+        >>> recipe = Recipe(steps=100, lr=0.1, falls=True)
+        >>> round(recipe.step_size(0), 3), round(recipe.step_size(100), 3)
+        (0.1, 0.01)
+        """
+        share = 0.55 + 0.45 * math.cos(math.pi * step / self.steps) if self.falls else 1.0
+        return self.lr * share
 
 
 def cell_type_key(model: nn.Module) -> Any:
@@ -86,6 +101,8 @@ def build(recipe: Recipe) -> SearchSpace:
     torch.manual_seed(recipe.seed)
     if recipe.network == "resnet20":
         return search_space(load_dense(), (torch.randn(2, 3, 32, 32),), levels=("channel",))
+    if recipe.network == "resnet56":
+        return search_space(CifarResNet(blocks=9), (torch.randn(2, 3, 32, 32),), levels=("channel",))
     if recipe.network == "cells":
         operations = ("skip", "sep_conv_3x3", "dil_conv_3x3")
         model: nn.Module = DARTS(recipe.channels, recipe.cells, 2, operations, affine=True)
@@ -136,6 +153,8 @@ def train(recipe: Recipe, space: SearchSpace, opt: FlatProximal, data: Dataset, 
             with torch.autocast("cpu", torch.bfloat16):
                 loss = cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), y)
             loss.backward()
+            for group in opt.param_groups:
+                group["lr"] = recipe.step_size(opt.steps_done)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             opt.step()
             if opt.steps_done % 100 == 0:
@@ -203,14 +222,15 @@ def main() -> None:
     parser.add_argument("--method", choices=tuple(METHODS), default="proxsgd")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--falls", action="store_true", help="epsilon falls to a tenth by a cosine")
     parser.add_argument("--images", type=int, default=5000, help="how many training images are held out to test on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/gsparsity"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for mu in args.mu:
-        size = 128 if args.network == "resnet20" else 64
-        recipe = Recipe(args.network, mu, args.method, args.steps, args.lr, batch_size=size, seed=args.seed)
+        size = 128 if args.network.startswith("resnet") else 64
+        recipe = Recipe(args.network, mu, args.method, args.steps, args.lr, args.falls, batch_size=size, seed=args.seed)
         path = args.out / f"{recipe.name}.json"
         if not path.exists():
             path.write_text(json.dumps(run(recipe, args.out, args.images)) + "\n")
