@@ -4,9 +4,9 @@
     ESPALIER_DATA=... python -m espalier.experiments.gsparsity --network resnet20 --mu 0.01 0.02 0.04
 
 Each μ trains the network with one group per operation ("darts-v2": the published cells; "cells": every operation on
-every edge) or per filter with its norm ("resnet20", from a trained checkpoint; "resnet56", from scratch). What ends at zero is removed; the
-accuracy is taken before, and after with several readings of "zero", without any retraining. One JSON line per μ; those
-that are there are not run again, and a run that was stopped goes on.
+every edge) or per filter with its norm ("resnet20", from a trained checkpoint; "resnet56", from scratch). What ends at
+zero is removed; the accuracy is taken before, and after with several readings of "zero", without any retraining. One
+JSON line per μ; those that are there are not run again, and a run that was stopped goes on.
 """
 
 import argparse
@@ -44,8 +44,8 @@ PATIENCE = 140  # steps after which a dead group of norm 1 has decayed below 1e-
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. ``lr`` is ε, constant, or with ``falls`` down to a tenth by a cosine; ``channels`` and ``cells`` are those
-    of the DARTS networks.
+    """One run. ``lr`` is ε, constant, or with ``falls`` down to a tenth by a cosine; ``channels`` and ``cells`` are
+    those of the DARTS networks.
     """
 
     network: str = "darts-v2"
