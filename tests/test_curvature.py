@@ -131,6 +131,26 @@ def test_vmap_falls_back_with_a_warning(linear, instead):
     torch.testing.assert_close(found.A, by_autograd(model, found.layout, x, y, 1))
 
 
+class _Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.parametrize("method", ["layers", "vmap", "loop"])
+def test_layers_that_take_no_part_have_zero_columns_and_are_named(method):
+    torch.manual_seed(0)
+    data = torch.randn(8, 6), torch.randint(3, (8,))
+    options = GradientOptions(method=method)
+    with pytest.warns(UserWarning, match=r"no gradient reaches spare\.weight: not used"):
+        found = gradients(_Unused().eval(), nn.functional.cross_entropy, data, 4, 2, options=options)
+    assert tuple(found.layout.names) == ("used.weight", "spare.weight")
+    assert bool(found.A[:, :18].any()) and not bool(found.A[:, 18:].any())
+
+
 def test_input_overwritten_in_place_is_refused():
     class Overwrites(nn.Module):
         def __init__(self):

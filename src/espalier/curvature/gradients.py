@@ -127,8 +127,25 @@ def gradients(
                     )
             own[rows_done : rows_done + rows] = values.to(A.dtype)
             rows_done, total = rows_done + rows, total + float(mean) * rows
+        _name_untouched(own, layout)
     average = ranks.mean(total, rows_done)
     return Gradients(A, layout.flatten(model).cpu(), layout, batch, average, 0 if A.shape[0] == n else first, n)
+
+
+def _name_untouched(A: Tensor, layout: WeightLayout) -> None:
+    """Say which whole tensors get no gradient: nothing in A tells what they are worth."""
+    untouched, start = [], 0
+    for name, size in zip(layout.names, layout.sizes, strict=True):
+        block = A[:, start : start + size]
+        if not bool(block[:1].any()) and not bool(block.any()):
+            untouched.append(name)
+        start += size
+    if untouched:
+        warnings.warn(
+            f"no gradient reaches {', '.join(untouched)}: not used in the forward pass, or dead. Their columns of A are "
+            "zero; leave them out with a `prunable` predicate if they are to stay.",
+            stacklevel=3,
+        )
 
 
 def _rank_rows(n: int) -> tuple[int, int]:
@@ -288,7 +305,8 @@ def _rows_by_loop(
         row = torch.zeros(())
         for part, target in zip(x.split(size), y.split(size), strict=True):
             value = loss(model(part), target) * (len(part) / len(x))
-            row = row + torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, wanted)])
+            found = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
+            row = row + torch.cat([g.reshape(-1) for g in found])
             total += float(value.detach())
         out.append(row)
     return torch.stack(out), torch.tensor(total / rows)

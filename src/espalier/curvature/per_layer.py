@@ -69,10 +69,12 @@ def rows_by_layer(
     finally:
         for handle in handles:
             handle.remove()
-    missing = [name for name in layout.names if name not in pieces]
-    if missing:
-        raise ValueError(f"no gradient reaches {', '.join(missing)}: the layer is not used in the forward pass")
-    return torch.cat([pieces[name].reshape(rows, -1) for name in layout.names], dim=1), value.detach()
+    nothing = inputs.new_zeros(())  # the gradient of a layer that the forward pass does not use
+    parts = [
+        pieces[name].reshape(rows, -1) if name in pieces else nothing.expand(rows, size)
+        for name, size in zip(layout.names, layout.sizes, strict=True)
+    ]
+    return torch.cat(parts, dim=1), value.detach()
 
 
 def _product(module: nn.Module, x: Tensor, grad: Tensor, rows: int) -> Tensor:
