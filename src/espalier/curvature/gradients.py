@@ -142,8 +142,8 @@ def _name_untouched(A: Tensor, layout: WeightLayout) -> None:
         start += size
     if untouched:
         warnings.warn(
-            f"no gradient reaches {', '.join(untouched)}: not used in the forward pass, or dead. Their columns of A are "
-            "zero; leave them out with a `prunable` predicate if they are to stay.",
+            f"no gradient reaches {', '.join(untouched)}: not used in the forward pass, or dead. Their columns of A "
+            "are zero; leave them out with a `prunable` predicate if they are to stay.",
             stacklevel=3,
         )
 

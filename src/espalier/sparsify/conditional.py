@@ -65,17 +65,55 @@ class Narrowing:
         stays = _all(every, is_open)
         return (stays[_all(arriving, is_open)] if arriving else stays).nonzero().flatten()
 
-    def parameters(self, own: Mapping[str, Tensor], kept: Mapping[tuple[str, int], Tensor]) -> dict[str, Tensor]:
-        """The narrowed parameters; gradients flow back into the full ones."""
+    def parameters(self, own: Mapping[str, Tensor], kept: Mapping[tuple[str, int], Tensor]) -> list["Part"]:
+        """The narrowed parameters."""
         names = dict.fromkeys(name for name, _ in kept)
-        take = _Take.apply if torch.is_grad_enabled() else _taken
-        return {name: take(own[name], kept.get((name, 0)), kept.get((name, 1))) for name in names}  # type: ignore[misc]
+        return [Part.of(name, own[name], kept.get((name, 0)), kept.get((name, 1))) for name in names]
 
 
-def _taken(w: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    if rows is not None:
-        w = w.index_select(0, rows)
-    return w if columns is None else w.index_select(1, columns)
+@dataclass(eq=False)
+class Part:
+    """``w[rows][:, columns]`` of a parameter: a leaf with a gradient of its own, which `put_back` adds to w's.
+
+    Autograd through the selection would write a gradient of w's full size anew at each step; new memory of that size
+    costs more than the arithmetic.
+    """
+
+    name: str
+    full: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+    value: Tensor
+
+    @classmethod
+    def of(cls, name: str, full: Tensor, rows: Tensor | None, columns: Tensor | None) -> "Part":
+        value = full.detach()
+        value = value if rows is None else value.index_select(0, rows)
+        value = value if columns is None else value.index_select(1, columns)
+        return cls(name, full, rows, columns, value.requires_grad_(full.requires_grad and torch.is_grad_enabled()))
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Add the gradient to the full parameter's."""
+        gradient, self.value.grad = self.value.grad, None
+        if gradient is None:
+            return
+        if self.full.grad is None:
+            self.full.grad = torch.zeros_like(self.full)
+        into = self.full.grad
+        if self.rows is None or self.columns is None:
+            at = self.rows if self.columns is None else self.columns
+            assert at is not None
+            into.index_add_(0 if self.columns is None else 1, at, gradient)
+            return
+        if not into.is_contiguous():  # channels last
+            into.index_put_((self.rows.unsqueeze(1), self.columns), gradient, accumulate=True)
+            return
+        flat = self.rows.unsqueeze(1) * into.shape[1] + self.columns  # several times faster than pairs of indices
+        inner = into[0, 0].numel()
+        if inner > 1:
+            flat = flat.unsqueeze(-1) * inner + torch.arange(inner, device=flat.device)
+        into.view(-1).scatter_add_(0, flat.flatten(), gradient.flatten())
 
 
 class Places:
@@ -106,33 +144,6 @@ class Places:
             for name in tensors:
                 for parameters, leaf in self._at[name]:
                     parameters[leaf] = self._own[name]
-
-
-class _Take(torch.autograd.Function):
-    """``w[rows][:, columns]``; its gradient is written into zeros once, as no position occurs twice."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*(t for t in (rows, columns) if t is not None))
-        ctx.shape, ctx.both, ctx.rows = w.shape, rows is not None and columns is not None, rows is not None
-        return _taken(w, rows, columns)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        full = gradient.new_zeros(ctx.shape)
-        at = ctx.saved_tensors
-        if ctx.both:  # by flat positions, several times faster than by pairs of indices
-            flat = at[0].unsqueeze(1) * full.shape[1] + at[1]
-            inner = full[0, 0].numel()
-            if inner > 1:
-                flat = flat.unsqueeze(-1) * inner + torch.arange(inner, device=flat.device)
-            full.view(-1).scatter_(0, flat.flatten(), gradient.flatten())
-        elif ctx.rows:
-            full[at[0]] = gradient
-        else:
-            full[:, at[0]] = gradient
-        return full, None, None
 
 
 def _all(gates: Sequence[Tensor], is_open: Tensor) -> Tensor:

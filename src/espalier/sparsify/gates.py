@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from espalier.errors import TrainingError
 from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
-from espalier.sparsify.conditional import Narrowing, Places
+from espalier.sparsify.conditional import Narrowing, Part, Places
 from espalier.sparsify.gating import Gating, Options
 from espalier.sparsify.penalty import expected_l1, expected_l2
 from espalier.sparsify.probability import Probability
@@ -92,6 +92,7 @@ class Gates(Gating):
         stops = torch.tensor(counts).cumsum(0).tolist()
         self._span = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
         self._kept: Mapping[tuple[str, int], Tensor] | None = None
+        self._parts: list[Part] = []
         self._hooks = [self._attach(i, site) for i, site in enumerate(self.sites)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +105,9 @@ class Gates(Gating):
             if any(len(k) == 0 for k in self._kept.values()) or not self._pays(self._kept):
                 self._kept = None  # a layer without any unit, or little to leave out: multiply instead
                 return self.model(*args, **kwargs)
-            with self._places.holding(self.narrowing.parameters(self._own, self._kept)):
+            parts = self.narrowing.parameters(self._own, self._kept)
+            self._parts += parts if torch.is_grad_enabled() else []
+            with self._places.holding({part.name: part.value for part in parts}):
                 return self.model(*args, **kwargs)
         finally:
             self._kept = None
@@ -161,6 +164,11 @@ class Gates(Gating):
         for hook in self._hooks:
             hook.remove()
         return self.model
+
+    def _collect(self) -> None:
+        for part in self._parts:
+            part.put_back()
+        self._parts.clear()
 
     @torch.no_grad()
     def _shrink(self, pi: Tensor, scale: float) -> Tensor:

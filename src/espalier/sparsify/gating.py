@@ -142,8 +142,10 @@ class Gating(nn.Module):
         if mean.device.type == "cpu" and not bool(torch.isfinite(mean.detach())):
             raise TrainingError(f"the loss is {float(mean.detach())}: lower the learning rate or clip the gradients.")
         scale = 1.0 if scaler is None else float(scaler.get_scale())
+        torch.autograd.backward(mean, torch.full_like(mean, scale))
+        self._collect()
         pi = self.probabilities()
-        torch.autograd.backward([mean, pi], [torch.full_like(mean, scale), scale * self._shrink(pi.detach(), scale)])
+        torch.autograd.backward(pi, scale * self._shrink(pi.detach(), scale))
         if self.estimator != "hc":
             with torch.no_grad():
                 estimate = gradient(self.estimator, f.detach(), partner, u, self.phi, self.g, self.reference)
@@ -167,6 +169,9 @@ class Gating(nn.Module):
         self._generator.set_state(state["generator"])
 
     # Inside.
+
+    def _collect(self) -> None:
+        """Bring gradients that the backward pass left elsewhere to the model's parameters."""
 
     def _of_weights(self, pi: Tensor) -> Tensor:
         """The penalty on the weights' norms."""
