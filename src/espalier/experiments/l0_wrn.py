@@ -3,8 +3,9 @@
     ESPALIER_DATA=... python -m espalier.experiments.l0_wrn --short --out runs/l0_wrn
     ESPALIER_DATA=... python -m espalier.experiments.l0_wrn --dataset cifar100 --method arm --lam 0.001
 
-``--short`` trains WRN-16-4 for a few steps, the default is WRN-28-10 for 200 epochs. Gates are attached through the
-search space; the network that is reported is constructed. One JSON line per epoch; a stopped run goes on.
+``--short`` trains WRN-16-4 for a few steps (more with ``--epochs``, ``--steps``), the default is WRN-28-10 for 200
+epochs. Gates are attached through the search space; the network that is reported is constructed. One JSON line per
+epoch; a stopped run goes on.
 """
 
 import argparse
@@ -162,11 +163,16 @@ def main() -> None:
     parser.add_argument("--lam", type=float, default=0.001)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="WRN-16-4, 2 epochs of 20 steps, 500 test images")
+    parser.add_argument("--epochs", type=int, help="in place of 200, or of 2 with --short")
+    parser.add_argument("--steps", type=int, help="of an epoch, in place of all, or of 20 with --short")
+    parser.add_argument("--images", type=int, help="of the test set (up to a multiple of 250), in place of all, or of 500 with --short")
     parser.add_argument("--out", type=Path, default=Path("runs/l0_wrn"))
     args = parser.parse_args()
-    short = {"depth": 16, "width": 4, "epochs": 2, "steps": 20} if args.short else {}
+    short: dict[str, int] = {"depth": 16, "width": 4, "epochs": 2, "steps": 20} if args.short else {}
+    short |= {name: value for name in ("epochs", "steps") if (value := getattr(args, name)) is not None}
+    images = args.images or (500 if args.short else 0)
     recipe = Recipe(args.dataset, args.method, args.lam, seed=args.seed, **short)
-    print(json.dumps(run(recipe, args.out, limit=2 if args.short else 0)))
+    print(json.dumps(run(recipe, args.out, limit=-(-images // 250))))
 
 
 if __name__ == "__main__":
