@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="WRN-16-4, 2 epochs of 20 steps, 500 test images")
     parser.add_argument("--epochs", type=int, help="in place of 200, or of 2 with --short")
     parser.add_argument("--steps", type=int, help="of an epoch, in place of all, or of 20 with --short")
-    parser.add_argument("--images", type=int, help="of the test set (up to a multiple of 250), in place of all, or of 500 with --short")
+    parser.add_argument("--images", type=int, help="of the test set, rounded up to 250s; else all, or 500 with --short")
     parser.add_argument("--out", type=Path, default=Path("runs/l0_wrn"))
     args = parser.parse_args()
     short: dict[str, int] = {"depth": 16, "width": 4, "epochs": 2, "steps": 20} if args.short else {}
