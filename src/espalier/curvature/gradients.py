@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from espalier.curvature.memory import check_room, sample_bytes
 from espalier.curvature.per_layer import Loss, covers, rows_by_layer
 
 Method = Literal["auto", "layers", "vmap", "loop"]
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Gradients:
 def gradients(
     model: nn.Module,
     loss: Loss,
-    data: Iterable[tuple[Tensor, Tensor]] | tuple[Tensor, Tensor],
+    data: Iterable[Pair] | Pair,
     n: int,
     batch: int = 1,
     prunable: Predicate = convolution_and_linear,
@@ -108,7 +109,7 @@ def gradients(
     layout = WeightLayout.of(model, prunable)
     first, last = _rank_rows(n)
     check_room(last - first if options.path is None else n, layout.numel, options)
-    pairs = iter(cast(Iterable[tuple[Tensor, Tensor]], [data] if _is_pair(data) else data))
+    pairs = iter(as_loader(data))
     head = next(pairs, None)
     if head is None or len(head) != 2:
         raise ValueError("the data is empty" if head is None else f"a batch has {len(head)} parts: (inputs, targets)")
@@ -153,7 +154,7 @@ def _rank_rows(n: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _storage(n: int, first: int, last: int, p: int, options: GradientOptions) -> Iterator[tuple[Tensor, Tensor]]:
+def _storage(n: int, first: int, last: int, p: int, options: GradientOptions) -> Iterator[Pair]:
     """A and this rank's rows of it: in memory the same, on disk one file for all ranks of the machine."""
     if options.path is None:
         A = torch.empty(last - first, p, dtype=options.dtype)
@@ -209,11 +210,9 @@ def _method(model: nn.Module, layout: WeightLayout, wanted: Method, batch: int) 
     return "layers" if covers(model, layout) else "vmap"
 
 
-def _mini_batches(
-    pairs: Iterable[tuple[Tensor, Tensor]], skip: int, count: int, step: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _mini_batches(pairs: Iterable[Pair], skip: int, count: int, step: int) -> Iterator[Pair]:
     """Cut the samples skip … skip + count of the data into pairs of at most `step` samples."""
-    waiting: list[tuple[Tensor, Tensor]] = []
+    waiting: list[Pair] = []
     held = 0
     for inputs, targets in pairs:
         if inputs.shape[0] != targets.shape[0]:
@@ -240,13 +239,17 @@ def _mini_batches(
     raise ValueError(f"the data ended {count - held} samples too early: give more data, or lower n or batch")
 
 
-def _is_pair(data: object) -> bool:
+def is_pair(data: object) -> TypeGuard[Pair]:
+    """Whether the data is one pair of tensors (inputs, targets) rather than a loader of such pairs."""
     return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
 
 
-def _with_progress(
-    parts: Iterator[tuple[Tensor, Tensor]], rows: int, batch: int, p: int, options: GradientOptions
-) -> Iterator[tuple[Tensor, Tensor]]:
+def as_loader(data: Pair | Iterable[Pair]) -> Iterable[Pair]:
+    """The data as a loader: one pair of tensors is a loader of one batch."""
+    return [data] if is_pair(data) else cast(Iterable[Pair], data)
+
+
+def _with_progress(parts: Iterator[Pair], rows: int, batch: int, p: int, options: GradientOptions) -> Iterator[Pair]:
     if not (sys.stderr.isatty() if options.progress is None else options.progress):
         yield from parts
         return

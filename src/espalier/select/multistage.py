@@ -6,13 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from espalier.batchnorm import recalibrate
-from espalier.curvature.gradients import GradientOptions, gradients
+from espalier.curvature.gradients import GradientOptions, Gradients, as_loader, gradients, is_pair
 from espalier.curvature.layout import Predicate, WeightLayout, convolution_and_linear
 from espalier.curvature.matrix import dead_columns
 from espalier.curvature.per_layer import Loss
@@ -20,6 +20,7 @@ from espalier.select.chita import Solver, solve
 from espalier.select.patterns import Quota, cardinality
 from espalier.select.problem import Problem
 from espalier.select.result import Result
+from espalier.select.steps import Steps, in_batches, step_on_support
 
 Schedule = Literal["exponential", "linear", "constant", "cubic"]
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
@@ -63,7 +64,8 @@ class StageOptions:
     rather than kept for the ridge's sake. seed: draws the samples, where the data is a pair of tensors.
     recalibrate: samples (of the stage's own) over which batch norm statistics are taken anew after each stage; 0
     leaves them as they are. free: what is not prunable (norms, biases) is refitted along with the weights that stay,
-    which problem (5) allows though the paper does not do it.
+    which problem (5) allows though the paper does not do it. steps: on the support, after each stage's pruning
+    (a result's objective is of the weights before them).
     """
 
     stages: int = 15
@@ -77,6 +79,7 @@ class StageOptions:
     seed: int = 0
     recalibrate: int = 0
     free: bool = False
+    steps: Steps = field(default_factory=Steps)
     gradient: GradientOptions = field(default_factory=GradientOptions)
 
 
@@ -137,10 +140,14 @@ def in_stages(
         quota = keep(layout, density) if callable(keep) else cardinality(int(density * layout.numel), layout.numel)
         result = prune_once(found.A, found.w_bar, quota, options, mine)
         found.layout.write(model, result.weights)
-        if mine is not None:
-            result = replace(result, weights=result.weights[mine], support=result.support[mine])
         if options.recalibrate:
             recalibrate(model, inputs_of(sample), options.recalibrate)
+        if options.steps.count:
+            result = _stepped(model, loss, data, found, result, options, generator)
+            if options.recalibrate:
+                recalibrate(model, inputs_of(sample), options.recalibrate)
+        if mine is not None:
+            result = replace(result, weights=result.weights[mine], support=result.support[mine])
         history.append(result.objective)
         if on_stage is not None:
             on_stage(stage, model, result)
@@ -148,11 +155,27 @@ def in_stages(
     return replace(result, history=tuple(history)), model
 
 
+def _stepped(
+    model: nn.Module,
+    loss: Loss,
+    data: Data,
+    found: Gradients,
+    result: Result,
+    options: StageOptions,
+    generator: torch.Generator,
+) -> Result:
+    """The stage's result after its steps on the support."""
+    steps = options.steps
+    wanted = steps.count * steps.batch
+    fresh = draw(data, min(wanted, len(data[0])) if is_pair(data) else wanted, generator)
+    batches = in_batches(as_loader(fresh), steps.count, steps.batch)
+    step_on_support(model, loss, batches, found, result.support, options.ridge, steps.size)
+    return replace(result, weights=found.layout.flatten(model).cpu())
+
+
 def inputs_of(data: Data) -> Tensor | Iterable[Tensor]:
     """The inputs without the targets."""
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
-        return data[0]
-    return (pair[0] for pair in cast(Iterable[tuple[Tensor, Tensor]], data))
+    return data[0] if is_pair(data) else (inputs for inputs, _ in as_loader(data))
 
 
 def prune_once(A: Tensor, w_bar: Tensor, quota: Quota, options: StageOptions, mine: Tensor | None = None) -> Result:
@@ -173,13 +196,13 @@ def _any_trainable(prunable: Predicate) -> Predicate:
 
 def draw(data: Data, count: int, generator: torch.Generator) -> Data:
     """`count` samples: fresh ones of a pair of tensors; a loader is passed on and shuffles by itself."""
-    if not (isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)):
+    if not is_pair(data):
         return data
     inputs, targets = data
     if len(inputs) < count:
         raise ValueError(f"a stage needs n · batch = {count} samples, but the data has {len(inputs)}")
     index = torch.randperm(len(inputs), generator=generator)[:count]
-    return inputs[index], targets[index]  # type: ignore[index]
+    return inputs[index], targets[index]
 
 
 def _fraction(keep: float | Callable[[WeightLayout, float], Quota]) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.curvature.dual import DualInverse
-from espalier.curvature.gradients import Gradients, gradients
+from espalier.curvature.gradients import Gradients, gradients, is_pair
 from espalier.curvature.layout import Predicate, WeightLayout, convolution_and_linear
 from espalier.curvature.per_layer import Loss
 from espalier.curvature.woodbury import BlockWoodburyInverse
@@ -113,7 +113,7 @@ def output_loss(loss: Callable[[Any, Any], Tensor]) -> Loss:
 def fitted(options: StageOptions, data: Data) -> StageOptions:
     """The same options with fewer gradients and samples where the data does not hold n · batch of them."""
     wanted, count = options.n * options.batch, 0
-    if isinstance(data, tuple) and isinstance(data[0], Tensor):
+    if is_pair(data):
         count = len(data[0])
     else:
         sized = getattr(data, "dataset", None)

@@ -1,0 +1,96 @@
+"""Steps on the support between two prunings, with the curvature that the pruning was decided by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from espalier.curvature.dual import DualInverse
+from espalier.curvature.gradients import Gradients, Pair
+from espalier.curvature.matrix import columns
+from espalier.curvature.per_layer import Loss
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How many steps on the support follow each pruning.
+
+    count: 0 for none, as in the paper. batch: fresh samples per step. size: η, of a full Gauss-Newton step.
+    """
+
+    count: int = 0
+    batch: int = 250
+    size: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or self.batch < 1 or not self.size > 0:
+            raise ValueError(f"{self}: count is at least 0, batch at least 1 and size above 0")
+
+
+def step_on_support(
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Pair],
+    found: Gradients,
+    support: Tensor,
+    ridge: float,
+    size: float,
+) -> None:
+    """One step for each batch, on the weights of the support alone; the model is changed.
+
+    >>> model = nn.Linear(3, 2, bias=False).eval()
+    >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+    >>> from espalier.curvature.gradients import gradients
+    >>> found = gradients(model, nn.functional.cross_entropy, (x, y), n=4, batch=2)
+    >>> support = torch.tensor([True, False, True, True, True, False])
+    >>> step_on_support(model, nn.functional.cross_entropy, [(x, y)], found, support, ridge=0.1, size=0.3)
+
+    wₛ ← wₛ − η (AₛᵀAₛ/n + λI)⁻¹ ∇ₛl / m: problem (5) on the support, with its curvature as it was at the pruning and
+    its first-order term from the batch, by the n × n dual. ``found``: A [n, p] with the m = `found.batch` samples
+    averaged in each row; ``support``: bool [p]. Batch norms normalise by the batch's own statistics, as in training.
+    """
+    parameters = dict(model.named_parameters())
+    wanted = [parameters[name] for name in found.layout.names]
+    inverse = DualInverse(columns(found.A, support.nonzero().flatten()), ridge)
+    device = wanted[0].device
+    training = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        for x, y in batches:
+            value = loss(model(x.to(device)), y.to(device))
+            slopes = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
+            slope = torch.cat([s.reshape(-1) for s in slopes]).cpu()[support]
+            if not bool(torch.isfinite(slope.sum())):
+                raise ValueError(f"the gradient is not finite after a step of size {size}: take smaller steps")
+            weights = found.layout.flatten(model).cpu()
+            weights[support] -= (inverse @ slope).to(weights.dtype) * (size / found.batch)
+            found.layout.write(model, weights)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def in_batches(loader: Iterable[Pair], count: int, batch: int) -> Iterator[Pair]:
+    """`count` batches of one size from a loader of any, begun anew where it ends.
+
+    >>> [len(x) for x, _ in in_batches([(torch.zeros(3), torch.zeros(3))], 2, 4)]
+    [4, 4]
+    """
+    waiting: list[Pair] = []
+    while count:
+        empty = True
+        for pair in loader:
+            empty = False
+            waiting.append(pair)
+            x, y = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+            while count and len(x) >= batch:
+                yield x[:batch], y[:batch]
+                x, y, count = x[batch:], y[batch:], count - 1
+            waiting = [(x, y)]
+            if not count:
+                return
+        if empty:
+            raise ValueError("the loader gives no more samples for the steps on the support: is it an iterator?")
