@@ -18,7 +18,8 @@ import espalier
 from espalier.curvature.moments import collect
 from espalier.data._torchvision import import_torchvision
 from espalier.errors import BudgetError, SpaceError
-from espalier.experiments.ispasp_resnet import ResNet20, inner_pairs
+from espalier.experiments.ispasp_resnet import inner_pairs
+from espalier.models.resnet_cifar import resnet20
 from espalier.select.gfs import gfs
 from espalier.select.layerwise import SELECTORS, narrow, prune_layers
 from espalier.select.reconstruct import pairs_of, reconstruct
@@ -198,7 +199,7 @@ def test_two_ranks_get_the_network_of_one_process_and_fail_together(tmp_path: Pa
 
 
 def test_the_pairs_of_a_residual_network_with_batch_norms() -> None:
-    space = espalier.search_space(ResNet20().eval(), torch.randn(2, 3, 32, 32), levels=("channel",))
+    space = espalier.search_space(resnet20().eval(), torch.randn(2, 3, 32, 32), levels=("channel",))
     assert {replace(p, units=None) for p in pairs_of(space).values()} == set(inner_pairs())
 
 

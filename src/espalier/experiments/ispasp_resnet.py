@@ -22,47 +22,12 @@ from torch.nn import functional
 from espalier.batchnorm import recalibrate
 from espalier.curvature.moments import Moments, collect
 from espalier.experiments.ispasp import Results, accuracy, finetuned, load_images
+from espalier.models.resnet_cifar import BasicBlock, CifarResNet, resnet20
 from espalier.select.allocate import mac_cost
 from espalier.select.layerwise import LayerResult, Pair, narrow, prune_layers
 from espalier.select.refit import Selection
 
 FRACTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-
-
-class Block(nn.Module):
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = (
-            nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-            if stride != 1
-            else None
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        skip = x if self.downsample is None else self.downsample(x)
-        x = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(skip + self.bn2(self.conv2(x)))
-
-
-class ResNet20(nn.Module):
-    """ResNet-20 for 32x32 images, with 1x1 convolutions where the shape changes."""
-
-    def __init__(self, classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
-        self.fc = nn.Linear(64, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = functional.relu(self.bn1(self.conv1(x)))
-        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
 def inner_pairs() -> list[Pair]:
@@ -71,12 +36,12 @@ def inner_pairs() -> list[Pair]:
     return [Pair((f"{n}.conv1",), (f"{n}.conv2",), (f"{n}.bn1",), f"{n}.bn2") for n in names]
 
 
-def load_dense() -> ResNet20:
+def load_dense() -> CifarResNet:
     """The trained checkpoint under ESPALIER_DATA, in eval mode."""
     root = os.environ.get("ESPALIER_DATA")
     if not root:
         raise FileNotFoundError("set ESPALIER_DATA to the folder that holds checkpoints/")
-    model = ResNet20()
+    model = resnet20()
     model.load_state_dict(load_file(Path(root) / "checkpoints" / "resnet20-cifar10.safetensors"))
     return model.eval()
 
@@ -104,11 +69,11 @@ def ranked(
     return results
 
 
-def baseline_scores(name: str, model: ResNet20, x: Tensor, y: Tensor, seed: int) -> list[Tensor]:
+def baseline_scores(name: str, model: CifarResNet, x: Tensor, y: Tensor, seed: int) -> list[Tensor]:
     """Scores of each block's inner channels: "random", "magnitude" (filter norm) or "taylor" (first
     order)."""
     blocks = [model.get_submodule(pair.producers[0].rpartition(".")[0]) for pair in inner_pairs()]
-    assert all(isinstance(block, Block) for block in blocks)
+    assert all(isinstance(block, BasicBlock) for block in blocks)
     if name == "random":
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(b.conv1.weight.shape[0], generator=generator) for b in blocks]  # type: ignore[union-attr]
@@ -137,7 +102,7 @@ def uniform_sizes(units: Sequence[int], cost: Callable[[Sequence[int]], float], 
 
 
 def selections(
-    model: ResNet20,
+    model: CifarResNet,
     batches: Sequence[Tensor],
     moments: Mapping[str, Moments],
     labelled: tuple[Tensor, Tensor],
