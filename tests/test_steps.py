@@ -47,7 +47,7 @@ def test_a_step_is_the_damped_newton_step_on_the_support(task, m):
     expected[support] -= size / m * torch.linalg.solve(F[support][:, support], slope)
 
     assert all(torch.equal(p, r) for p, r in zip(model.parameters(), reference, strict=True))
-    step_on_support(model, CE, [batch], found, support, ridge, size)
+    step_on_support(model, CE, [batch], found, support, ridge, [size])
     after = found.layout.flatten(model)
     torch.testing.assert_close(after, expected)
     assert not bool(after[~support].any())
@@ -100,5 +100,5 @@ def test_a_loss_that_overflows_is_named(task):
     found = gradients(model, CE, (x, y), 8, 2)
     support = torch.ones(found.layout.numel, dtype=torch.bool)
     with pytest.raises(ValueError, match="take smaller steps"):
-        step_on_support(model, CE, [(x[:8] * float("nan"), y[:8])], found, support, 0.1, 0.3)
+        step_on_support(model, CE, [(x[:8] * float("nan"), y[:8])], found, support, 0.1, [0.3])
     assert not model.training

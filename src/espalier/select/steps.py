@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +18,25 @@ from espalier.curvature.per_layer import Loss
 class Steps:
     """How many steps on the support follow each pruning.
 
-    count: 0 for none, as in the paper. batch: fresh samples per step. size: η, of a full Gauss-Newton step.
+    count: 0 for none, as in the paper. batch: fresh samples per step. size: η of the first step, in full Gauss-Newton
+    steps; it falls linearly, so that a stage does not end in the noise of its last batch.
+
+    >>> Steps(count=2, size=0.4).sizes
+    [0.4, 0.2]
     """
 
     count: int = 0
     batch: int = 250
-    size: float = 0.3
+    size: float = 0.4
 
     def __post_init__(self) -> None:
         if self.count < 0 or self.batch < 1 or not self.size > 0:
             raise ValueError(f"{self}: count is at least 0, batch at least 1 and size above 0")
+
+    @property
+    def sizes(self) -> list[float]:
+        """η of every step."""
+        return [self.size * (1 - t / self.count) for t in range(self.count)]
 
 
 def step_on_support(
@@ -37,16 +46,16 @@ def step_on_support(
     found: Gradients,
     support: Tensor,
     ridge: float,
-    size: float,
+    sizes: Sequence[float],
 ) -> None:
-    """One step for each batch, on the weights of the support alone; the model is changed.
+    """A step of each size on a batch of its own, on the weights of the support alone; the model is changed.
 
     >>> model = nn.Linear(3, 2, bias=False).eval()
     >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
     >>> from espalier.curvature.gradients import gradients
     >>> found = gradients(model, nn.functional.cross_entropy, (x, y), n=4, batch=2)
     >>> support = torch.tensor([True, False, True, True, True, False])
-    >>> step_on_support(model, nn.functional.cross_entropy, [(x, y)], found, support, ridge=0.1, size=0.3)
+    >>> step_on_support(model, nn.functional.cross_entropy, [(x, y)], found, support, 0.1, sizes=[0.3])
 
     wₛ ← wₛ − η (AₛᵀAₛ/n + λI)⁻¹ ∇ₛl / m: problem (5) on the support, with its curvature as it was at the pruning and
     its first-order term from the batch, by the n × n dual. ``found``: A [n, p] with the m = `found.batch` samples
@@ -59,7 +68,7 @@ def step_on_support(
     training = {module: module.training for module in model.modules()}
     model.train()
     try:
-        for x, y in batches:
+        for (x, y), size in zip(batches, sizes, strict=True):
             value = loss(model(x.to(device)), y.to(device))
             slopes = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
             slope = torch.cat([s.reshape(-1) for s in slopes]).cpu()[support]
