@@ -34,10 +34,9 @@ from espalier.select.obs import Inverse, brain_surgeon
 from espalier.select.patterns import cardinality
 from espalier.select.problem import Problem
 from espalier.select.result import Result
+from espalier.select.steps import Steps
 
 ONE_SHOT = ("magnitude", "woodfisher", "cbs", "mfac", "chita", "ours-one-shot")
-STAGED = ("chita++", "ours")
-DIRECT = ("chita++ direct",)  # a run of its own for each sparsity
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ def _path(network: Network, counts: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(out)
 
 
+_OURS = StageOptions(1, "cubic", 500, 4, 0.2, True, "exchange", drop_dead=False, recalibrate=500, free=True)
 SETTINGS: dict[str, Settings] = {
     "mlpnet": Settings(
         n=1000,
@@ -85,13 +85,13 @@ SETTINGS: dict[str, Settings] = {
         damping={"woodfisher": 1e-5, "cbs": 1e-5, "mfac": 1e-5, "chita": 1e-5, "ours-one-shot": 1e-5},
         staged={
             "chita++": StageOptions(50, "cubic", 250, 8, 0.1, True, "magnitude", drop_dead=False, recalibrate=500),
-            "ours": StageOptions(
-                80, "cubic", 500, 4, 0.2, True, "exchange", drop_dead=False, recalibrate=500, free=True
-            ),
+            "ours": replace(_OURS, steps=Steps(8, 250, 0.4)),
+            "ours without steps": _OURS,
         },
         path={
             "chita++": _path("resnet20", (2, 2, 2, 4, 7, 11, 22)),
-            "ours": _path("resnet20", (2, 2, 3, 7, 13, 19, 34)),
+            "ours": _path("resnet20", (3, 3, 4, 5, 7, 9, 11)),
+            "ours without steps": _path("resnet20", (2, 2, 3, 7, 13, 19, 34)),
         },
         fresh=2000,
     ),
@@ -133,7 +133,7 @@ def _inverse(method: str, found: Gradients, damping: float) -> Inverse:
 def run(
     network: Network = "mlpnet",
     out: Path = Path("runs/chita-mlpnet.jsonl"),
-    methods: tuple[str, ...] = (*ONE_SHOT, *STAGED),
+    methods: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     sparsities: tuple[float, ...] = (),
     split: Literal["test", "held-out"] = "test",
@@ -141,7 +141,11 @@ def run(
     batch: int | None = None,
     threads: int = 1,
 ) -> None:
-    """Fill in the cells of Table 1 that `out` does not have yet; n, batch: other gradients for single-stage methods."""
+    """Fill in the cells of Table 1 that `out` does not have yet.
+
+    methods: by default the single-stage ones and those with a path of stages; a staged method without a path has a run
+    of its own for each sparsity. n, batch: other gradients for single-stage methods.
+    """
     torch.set_num_threads(threads)
     task, settings = load_task(network, split), SETTINGS[network]
     settings = replace(settings, n=n or settings.n, batch=batch or settings.batch)
@@ -156,7 +160,7 @@ def run(
             file.write(json.dumps({**common, **cell}) + "\n")
 
     for seed in seeds:
-        for method in methods:
+        for method in methods or (*ONE_SHOT, *settings.path):
             todo = [s for s in sparsities or SPARSITIES[network] if (method, s, seed) not in done]
             if method == "magnitude" and seed > 0:
                 continue  # nothing in it is random
@@ -174,7 +178,7 @@ def run(
                 continue
             for sparsity in todo:
                 began = time.process_time()
-                if method in (*STAGED, *DIRECT):
+                if method in settings.staged:
                     result = _staged(task, settings.staged[method], sparsity, seed)
                 else:
                     found = found or _sample(task, settings, seed)
