@@ -97,12 +97,12 @@ def test_stages_on_photographs_stop_and_go_on(tmp_path, monkeypatch):
     task = replace(task, judge=(task.judge[0][:250], task.judge[1][:250]))
     options = StageOptions(1, "cubic", 8, 2, 0.1, True, "exchange", drop_dead=False, recalibrate=20)
     path, state = (0.2, 0.3, 0.4), tmp_path / "state.pt"
-    whole = list(experiment._stage_by_stage(task, options, path, list(path), 0, state))
+    whole = list(experiment._stage_by_stage(task, [(s, options) for s in path], list(path), 0, state))
     state.unlink()
-    run = experiment._stage_by_stage(task, options, path, list(path), 0, state)
+    run = experiment._stage_by_stage(task, [(s, options) for s in path], list(path), 0, state)
     first = [next(run), next(run)]
     run.close()  # stopped before the second stage is written down
-    rest = list(experiment._stage_by_stage(task, options, path, list(path), 0, state))
+    rest = list(experiment._stage_by_stage(task, [(s, options) for s in path], list(path), 0, state))
     assert len(rest) == 2
     for a, b in zip(whole, [first[0], *rest], strict=True):
         assert a["objective"] == b["objective"]

@@ -12,7 +12,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -44,7 +44,8 @@ class Settings:
     """What was chosen on the held-out part of the training set, per network.
 
     path: of a staged method, the sparsities of one run of stages that passes through all of the table's, instead of
-    a run for each; up to each of them it is a multi-stage run that ends there. fresh: training images over which
+    a run for each; up to each of them it is a multi-stage run that ends there. arriving: in place of `staged` for the
+    stages that end at one of the table's sparsities. fresh: training images over which
     batch norm statistics are taken anew for a second accuracy of the methods in `judged_twice`; 0 for none.
     """
 
@@ -53,6 +54,7 @@ class Settings:
     damping: dict[str, float]
     staged: dict[str, StageOptions]
     path: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    arriving: dict[str, StageOptions] = field(default_factory=dict)
     fresh: int = 0
     judged_twice: tuple[str, ...] = ("magnitude", "chita", "ours-one-shot")
 
@@ -93,6 +95,7 @@ SETTINGS: dict[str, Settings] = {
             "ours": _path("resnet20", (3, 3, 4, 5, 7, 9, 11)),
             "ours without steps": _path("resnet20", (2, 2, 3, 7, 13, 19, 34)),
         },
+        arriving={"ours": replace(_OURS, steps=Steps(32, 250, 0.3), recalibrate=2000)},
         fresh=2000,
     ),
 }
@@ -167,11 +170,12 @@ def run(
             found = None
             if method in settings.path and todo:
                 options, state = settings.staged[method], out.with_suffix(f".{method}-{seed}.pt")
-                cells = (
-                    _stage_by_stage(task, options, settings.path[method], todo, seed, state)
-                    if task.train[0].shape[1] == 3
-                    else _along_path(task, options, settings.path[method], todo, seed)
-                )
+                if task.train[0].shape[1] == 3:
+                    arriving = settings.arriving.get(method, options)
+                    plan = [(s, arriving if s in SPARSITIES[network] else options) for s in settings.path[method]]
+                    cells = _stage_by_stage(task, plan, todo, seed, state)
+                else:
+                    cells = _along_path(task, options, settings.path[method], todo, seed)
                 for cell in cells:
                     record({"method": method, "seed": seed, **cell})
                 state.unlink(missing_ok=True)
@@ -242,22 +246,24 @@ def _along_path(
 
 
 def _stage_by_stage(
-    task: Task, options: StageOptions, path: tuple[float, ...], wanted: list[float], seed: int, state: Path
+    task: Task, plan: Sequence[tuple[float, StageOptions]], wanted: list[float], seed: int, state: Path
 ) -> Iterator[dict[str, Any]]:
-    """The same on photographs, augmented afresh for every stage; `state` lets a stopped run go on."""
+    """The same on photographs, augmented afresh for every stage, with options of its own for each sparsity; `state`
+    lets a stopped run go on.
+    """
     model, done, seconds, loss = copy.deepcopy(task.model), 0, 0.0, nn.functional.cross_entropy
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
         done, seconds = saved["done"], saved["seconds"]
-    for stage in range(done, len(path)):
+    for stage, (sparsity, options) in list(enumerate(plan))[done:]:
         began = time.process_time()
         generator = torch.Generator().manual_seed(1000 * (seed + 1) + stage)
         data = Draws(task.train, options.n * options.batch, generator)
-        result, model = in_stages(model, loss, data, 0.5, options, task.prunable, [1 - path[stage]])
+        result, model = in_stages(model, loss, data, 0.5, options, task.prunable, [1 - sparsity])
         seconds += time.process_time() - began
-        if path[stage] in wanted:
-            cell = {"sparsity": path[stage], "accuracy": accuracy(model, task.judge), "stages": stage + 1}
+        if sparsity in wanted:
+            cell = {"sparsity": sparsity, "accuracy": accuracy(model, task.judge), "stages": stage + 1}
             yield cell | {"objective": result.objective, "kept": result.kept, "cpu_seconds": seconds}
         temporary = state.with_suffix(".part")
         torch.save({"model": model.state_dict(), "done": stage + 1, "seconds": seconds}, temporary)
