@@ -1,15 +1,13 @@
 """CPU seconds of an epoch (600 steps of 100 images) with gates, beside the L0-ARM authors' code, by turns.
 
     python benchmarks/l0_epoch.py [--reference CHECKOUT] [--steps 60] [--network mlp lenet5] [--method arm ar]
-        [--trained runs/l0] [--tracked]
+        [--trained runs/l0]
 
 CHECKOUT is a clone of https://github.com/leo-yangli/l0-arm (read, not changed). Both start from the same gate
 probabilities, on random images of MNIST's shape, and take turns of 20 steps. With --trained, ours starts from the
 weights and gates that the runs of espalier.experiments.l0 in that folder have reached (theirs costs the same
 throughout). Printed is 600 times a step of the median turn and of the fastest one, which other work on the machine
-disturbs least. Theirs is timed without its meters and plots; with --tracked, the two numbers that their training loop
-computes at every step for Figure 3 (expected FLOPs and L0) and the loss that it reads are counted as well, for ours
-once at the end of each turn, as often as ours tracks them (an epoch is 30 turns: rather too often).
+disturbs least. Theirs is timed without its meters and plots.
 """
 
 import argparse
@@ -23,14 +21,14 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from espalier.experiments.l0 import Recipe, expected_share, gated, train_epoch
+from espalier.experiments.l0 import Recipe, gated, train_epoch
 
 warnings.simplefilter("ignore")
 BLOCK = 20
 Steps = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-def ours(network: str, method: str, trained: Path | None = None, tracked: bool = False) -> Steps:
+def ours(network: str, method: str, trained: Path | None = None) -> Steps:
     """Steps of the recipe in espalier.experiments.l0."""
     gates = gated(Recipe(network, method), 60_000)
     if trained:
@@ -42,14 +40,11 @@ def ours(network: str, method: str, trained: Path | None = None, tracked: bool =
 
     def steps(x: torch.Tensor, y: torch.Tensor) -> None:
         train_epoch(gates, opt, x.flatten(1) if network == "mlp" else x, y, order, 100)
-        if tracked:
-            expected_share(gates, {n: p.numel() for n, p in gates.model.named_parameters() if n.endswith("weight")})
-            gates.probabilities().detach().sum()
 
     return steps
 
 
-def theirs(network: str, method: str, checkout: Path, tracked: bool = False) -> Steps:
+def theirs(network: str, method: str, checkout: Path) -> Steps:
     """Steps of their main.train."""
     sys.path.insert(0, str(checkout))
     from config import opt as options  # pyright: ignore[reportMissingImports]
@@ -65,12 +60,8 @@ def theirs(network: str, method: str, checkout: Path, tracked: bool = False) -> 
         model.train()
         for x, y in zip(images.split(100), labels.split(100), strict=True):
             opt.zero_grad()
-            loss = cross_entropy(model(x, y), y) + model.regularization()
-            loss.backward()
+            (cross_entropy(model(x, y), y) + model.regularization()).backward()
             opt.step()
-            if tracked:
-                float(loss)
-                model.get_exp_flops_l0()
             model.update_ema()
 
     return steps
@@ -80,7 +71,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--trained", type=Path)
-    parser.add_argument("--tracked", action="store_true")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--network", nargs="+", choices=("mlp", "lenet5"), default=["mlp", "lenet5"])
     parser.add_argument("--method", nargs="+", choices=("arm", "ar"), default=["arm", "ar"])
@@ -90,9 +80,9 @@ def main() -> None:
     rows = []
     for network in args.network:
         for method in args.method:
-            makers = {"ours": ours(network, method, args.trained, args.tracked)}
+            makers = {"ours": ours(network, method, args.trained)}
             if args.reference:
-                makers["theirs"] = theirs(network, method, args.reference, args.tracked)
+                makers["theirs"] = theirs(network, method, args.reference)
             spent: dict[str, list[float]] = {name: [] for name in makers}
             for block in range(1 + args.steps // BLOCK):
                 for name, steps in makers.items():

@@ -12,6 +12,7 @@ from espalier import construct, search_space
 from espalier.errors import TrainingError
 from espalier.experiments.l0 import Recipe, gated
 from espalier.sparsify import Gates, HardSigmoid, Sigmoid, input_gates, output_gates, sliced
+from espalier.sparsify.conditional import Part
 
 METHODS = ("hc", "ar", "arm", "disarm")
 
@@ -235,3 +236,20 @@ def test_bad_input():
     model.requires_grad_(False)
     with pytest.raises(TrainingError, match=r"frozen \(requires_grad=False\)"):
         Gates(model, [site])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("rows", "columns"), [([0, 2], [1, 3]), ([0, 2], None), (None, [1, 3])])
+def test_a_part_adds_its_gradient_to_the_full_parameters(rows, columns, layout):
+    torch.manual_seed(0)
+    full = nn.Parameter(torch.randn(3, 4, 2, 2).to(memory_format=layout))
+    rows, columns = (None if at is None else torch.tensor(at) for at in (rows, columns))
+    part, factor = Part.of("w", full, rows, columns), torch.randn(1)
+    for _ in range(2):  # the second time onto the first
+        (part.value.square().sum() * factor).backward()
+        part.put_back()
+    chosen = full.detach().clone().requires_grad_()
+    taken = chosen if rows is None else chosen[rows]
+    taken = taken if columns is None else taken[:, columns]
+    (2 * taken.square().sum() * factor).backward()
+    torch.testing.assert_close(full.grad, chosen.grad)

@@ -115,7 +115,7 @@ def gradients(
         raise ValueError("the data is empty" if head is None else f"a batch has {len(head)} parts: (inputs, targets)")
     device = next(model.parameters()).device
     plan = _plan(model, layout, options, batch, head[0][:1].to(device))
-    parts = _mini_batches(chain([head], pairs), first * batch, (last - first) * batch, plan.rows * batch)
+    parts = mini_batches(chain([head], pairs), first * batch, (last - first) * batch, plan.rows * batch)
     rows_done, total = 0, 0.0
     with _storage(n, first, last, layout.numel, options) as (A, own):
         for inputs, targets in _with_progress(parts, last - first, batch, layout.numel, options):
@@ -154,7 +154,7 @@ def _rank_rows(n: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _storage(n: int, first: int, last: int, p: int, options: GradientOptions) -> Iterator[Pair]:
+def _storage(n: int, first: int, last: int, p: int, options: GradientOptions) -> Iterator[tuple[Tensor, Tensor]]:
     """A and this rank's rows of it: in memory the same, on disk one file for all ranks of the machine."""
     if options.path is None:
         A = torch.empty(last - first, p, dtype=options.dtype)
@@ -210,7 +210,7 @@ def _method(model: nn.Module, layout: WeightLayout, wanted: Method, batch: int) 
     return "layers" if covers(model, layout) else "vmap"
 
 
-def _mini_batches(pairs: Iterable[Pair], skip: int, count: int, step: int) -> Iterator[Pair]:
+def mini_batches(pairs: Iterable[Pair], skip: int, count: int, step: int) -> Iterator[Pair]:
     """Cut the samples skip … skip + count of the data into pairs of at most `step` samples."""
     waiting: list[Pair] = []
     held = 0

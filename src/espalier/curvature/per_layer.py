@@ -69,7 +69,7 @@ def rows_by_layer(
     finally:
         for handle in handles:
             handle.remove()
-    nothing = inputs.new_zeros(())  # the gradient of a layer that the forward pass does not use
+    nothing = value.detach().new_zeros(())  # the gradient of a layer that the forward pass does not use
     parts = [
         pieces[name].reshape(rows, -1) if name in pieces else nothing.expand(rows, size)
         for name, size in zip(layout.names, layout.sizes, strict=True)

@@ -124,13 +124,13 @@ def report(gates: Gates, x: Tensor, y: Tensor) -> dict[str, Any]:
         "params": cost.params,
         "macs": cost.macs,
         "macs_share": round(cost.macs / whole.macs, 5),
-        "expected_share": expected_share(gates, full),
+        "expected_share": _expected_share(gates, full),
         "undecided": round(float(((pi > 0.05) & (pi < 0.95)).float().mean()), 4),
         "pi": torch.histc(pi, 20, 0.0, 1.0).int().tolist(),
     }
 
 
-def expected_share(gates: Gates, full: Mapping[str, int]) -> float:
+def _expected_share(gates: Gates, full: Mapping[str, int]) -> float:
     """Expected MACs of one forward pass with sampled gates, as a share of the full network's (Figure 3)."""
     positions = {"conv1.weight": 24 * 24, "conv2.weight": 8 * 8}
     macs = {n: count * positions.get(n, 1) for n, count in full.items()}

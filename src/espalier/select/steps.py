@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.curvature.dual import DualInverse
-from espalier.curvature.gradients import Gradients, Pair
+from espalier.curvature.gradients import Gradients, Pair, mini_batches
 from espalier.curvature.matrix import columns
 from espalier.curvature.per_layer import Loss
 
@@ -88,18 +88,14 @@ def in_batches(loader: Iterable[Pair], count: int, batch: int) -> Iterator[Pair]
     >>> [len(x) for x, _ in in_batches([(torch.zeros(3), torch.zeros(3))], 2, 4)]
     [4, 4]
     """
-    waiting: list[Pair] = []
-    while count:
+    yield from mini_batches(_again_and_again(loader), 0, count * batch, batch)
+
+
+def _again_and_again(loader: Iterable[Pair]) -> Iterator[Pair]:
+    while True:
         empty = True
         for pair in loader:
             empty = False
-            waiting.append(pair)
-            x, y = (torch.cat(parts) for parts in zip(*waiting, strict=True))
-            while count and len(x) >= batch:
-                yield x[:batch], y[:batch]
-                x, y, count = x[batch:], y[batch:], count - 1
-            waiting = [(x, y)]
-            if not count:
-                return
+            yield pair
         if empty:
             raise ValueError("the loader gives no more samples for the steps on the support: is it an iterator?")
