@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from espalier.experiments.l0 import Recipe, gated, train_epoch
+from espalier.experiments.l0 import Recipe, gated, laid_out, train_epoch
 
 warnings.simplefilter("ignore")
 BLOCK = 20
@@ -30,7 +30,8 @@ Steps = Callable[[torch.Tensor, torch.Tensor], None]
 
 def ours(network: str, method: str, trained: Path | None = None) -> Steps:
     """Steps of the recipe in espalier.experiments.l0."""
-    gates = gated(Recipe(network, method), 60_000)
+    recipe = Recipe(network, method)
+    gates = gated(recipe, 60_000)
     if trained:
         state = torch.load(sorted(trained.glob(f"{network}-{method}-one-*.pt"))[0], weights_only=True)
         gates.model.load_state_dict(state["model"])
@@ -39,7 +40,7 @@ def ours(network: str, method: str, trained: Path | None = None) -> Steps:
     order = torch.arange(100 * BLOCK)
 
     def steps(x: torch.Tensor, y: torch.Tensor) -> None:
-        train_epoch(gates, opt, x.flatten(1) if network == "mlp" else x, y, order, 100)
+        train_epoch(gates, opt, laid_out(recipe, x), y, order, 100)
 
     return steps
 

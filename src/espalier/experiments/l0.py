@@ -86,6 +86,11 @@ def gated(recipe: Recipe, examples: int) -> Gates:
     )
 
 
+def laid_out(recipe: Recipe, images: Tensor) -> Tensor:
+    """Images as a recipe's network takes them; channels last, in which max pooling on a CPU is several times faster."""
+    return images.flatten(1) if recipe.network == "mlp" else images.to(memory_format=torch.channels_last)
+
+
 def train_epoch(
     gates: Gates, opt: torch.optim.Optimizer, x: Tensor, y: Tensor, order: Tensor, batch_size: int
 ) -> float:
@@ -145,8 +150,7 @@ def run(recipe: Recipe, out: Path, save_every: int = 5) -> dict[str, Any]:
     log, saved = out / f"{recipe.name}.jsonl", out / f"{recipe.name}.pt"
     train, test = load("mnist", "train", validation=0), load("mnist", "test")
     (x, y), (test_x, test_y) = train.tensors(), test.tensors()
-    if recipe.network == "mlp":
-        x, test_x = x.flatten(1), test_x.flatten(1)
+    x, test_x = laid_out(recipe, x), laid_out(recipe, test_x)
     gates = gated(recipe, len(x))
     opt = torch.optim.Adam([*gates.model.parameters(), *gates.parameters()], lr=recipe.lr, fused=True)
     halving = torch.optim.lr_scheduler.StepLR(opt, recipe.halve_every, 0.5)
@@ -180,8 +184,7 @@ def run(recipe: Recipe, out: Path, save_every: int = 5) -> dict[str, Any]:
 def thresholds(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
     """A finished run read at several thresholds τ of Eq. (14), the histogram's among them."""
     (x, y) = load("mnist", "test").tensors()
-    x = x.flatten(1) if recipe.network == "mlp" else x
-    gates = gated(recipe, 60_000)
+    x, gates = laid_out(recipe, x), gated(recipe, 60_000)
     state = torch.load(out / f"{recipe.name}.pt", weights_only=True)
     gates.model.load_state_dict(state["model"])
     gates.load_state_dict(state["gates"])
