@@ -7,17 +7,24 @@ ResNet-20 λ = 1e-4). Times are CPU seconds of one thread, from the tensors to t
 of the data and the float64 recomputation of the objective; the best of `repeats` runs. `matvec_gb_per_s` is
 the rate at which one plain matrix-vector product reads A at the time, `a_reads` how often a solve reads all of A:
 the bytes of A that its operators read, counted in one more run, over the bytes that A has. `--only exchange IHT` picks
-solvers.
+solvers. `--reference CHECKOUT` times the authors' code in the same run (a clone of github.com/mazumder-lab/CHITA, read,
+not changed; needs numba): their back-solve of the largest weights in float32, and their IHT of at most 50 iterations in
+float64 (the conversion of A is not timed) with their back-solve after it, as in the paper's Figure 1.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
@@ -49,6 +56,36 @@ class Reads(TorchDispatchMode):
         return out
 
 
+def authors(checkout: Path, A: Tensor, w_bar: Tensor, ridge: float) -> dict[str, Callable[[int], Any]]:
+    """The authors' solvers by name, as their pruner calls them; each takes k."""
+    sys.path.insert(0, str(checkout))
+    from CHITA_opt import L0_card_const as theirs  # pyright: ignore[reportMissingImports]
+
+    p, lambda2 = len(w_bar), ridge * len(A) / 2
+    single = A.numpy(), w_bar.numpy()
+    double = tuple(a.astype(np.float64) for a in single)
+
+    def least_squares(k: int) -> Any:
+        X, w = single
+        zeros = np.zeros_like(w)
+        found, *_ = theirs.Heuristic_LS(X @ w, X, w, k, zeros, 0, lambda2, zeros, w.copy(), use_prune=True)
+        return SimpleNamespace(weights=torch.from_numpy(found), info={})
+
+    def iht(k: int) -> Any:
+        X, w = double
+        y, zeros = X @ w, np.zeros(p)
+        options = {"lambda1": 0, "lambda2": lambda2, "beta_tilde1": zeros, "beta_tilde2": w.copy(), "iht_max_itr": 50}
+        options |= {"ftol": 1e-7, "act_max_itr": 50, "kimp": 1.5, "sea1_max_itr": 5, "sea2_max_itr": 10}
+        with contextlib.redirect_stdout(io.StringIO()):  # a line per iteration
+            found, *_ = theirs.Active_IHTCDLS_PP(y, X, w.copy(), k, alpha=zeros, **options)
+        kept = np.flatnonzero(found)
+        found = np.zeros(p)
+        found[kept] = theirs.compute_inverse(y, X[:, kept], zeros[kept], lambda2, w[kept])
+        return SimpleNamespace(weights=torch.from_numpy(found), info={})
+
+    return {"authors: LS": least_squares, "authors: IHT, back-solve": iht}
+
+
 def timed(solve: Callable[[], Result], repeats: int) -> tuple[Result, float]:
     best, result = float("inf"), None
     for _ in range(repeats):
@@ -66,6 +103,7 @@ def main(
     only: tuple[str, ...] = (),
     sparsities: tuple[float, ...] = (),
     seed: int = 0,
+    reference: Path | None = None,
     out: Path = Path("runs/chita-solvers.jsonl"),
 ) -> None:
     torch.set_num_threads(1)
@@ -83,6 +121,7 @@ def main(
         A.t() @ y
     bandwidth = 5 * A.numel() * 4 / (time.process_time() - began) / 1e9
     out.parent.mkdir(parents=True, exist_ok=True)
+    peers = authors(reference, A, w_bar, ridge) if reference else {}
     for sparsity in sparsities or usual:
         k = int((1 - sparsity) * len(w_bar))
         solvers = {
@@ -96,6 +135,7 @@ def main(
             "WoodFisher (blocks of 2000)": lambda k=k: woodfisher(A, w_bar, k, ridge, sizes=sizes),
             "CBS": lambda k=k: cbs(A, w_bar, k, ridge),
         }
+        solvers |= {name: lambda k=k, solve=solve: solve(k) for name, solve in peers.items()}
         for name, solve in solvers.items():
             if only and name.split(" (")[0] not in only:
                 continue
@@ -103,10 +143,11 @@ def main(
             checked = objective(A, None, w_bar, result.weights, ridge)
             line = {"network": network, "n": n, "sparsity": sparsity, "solver": name, "objective": checked}
             line |= {"cpu_seconds": seconds, "info": result.info, "gradients_cpu_seconds": gradient_seconds}
-            with Reads(A) as reads:
-                solve()
             line |= {"matvec_gb_per_s": bandwidth, "a_bytes": A.numel() * A.element_size()}
-            line["a_reads"] = reads.bytes / line["a_bytes"]
+            if name not in peers:
+                with Reads(A) as reads:
+                    solve()
+                line["a_reads"] = reads.bytes / line["a_bytes"]
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 

@@ -54,6 +54,21 @@ def test_a_step_is_the_damped_newton_step_on_the_support(task, m):
     assert not any(module.training for module in model.modules())
 
 
+def test_a_step_in_bfloat16_is_the_same_up_to_its_rounding(task):
+    model, (x, y) = task
+    model, x = model.float(), x.float()
+    found = gradients(model, CE, (x, y), 16, 4, everything)
+    support = torch.rand(found.layout.numel) < 0.6
+    before, after = found.layout.flatten(model) * support, {}
+    for kind in (None, torch.bfloat16):
+        found.layout.write(model, before)
+        step_on_support(model, CE, [(x[:50], y[:50])], found, support, 0.1, [0.7], kind)
+        after[kind] = found.layout.flatten(model)
+    moved = (after[None] - before).norm()
+    assert 0.0 < (after[torch.bfloat16] - after[None]).norm() < 0.05 * moved
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
 @pytest.mark.parametrize("free", [False, True])
 def test_stages_with_steps_keep_the_budget_and_lower_the_loss(task, free):
     model, (x, y) = task

@@ -87,7 +87,7 @@ SETTINGS: dict[str, Settings] = {
         damping={"woodfisher": 1e-5, "cbs": 1e-5, "mfac": 1e-5, "chita": 1e-5, "ours-one-shot": 1e-5},
         staged={
             "chita++": StageOptions(50, "cubic", 250, 8, 0.1, True, "magnitude", drop_dead=False, recalibrate=500),
-            "ours": replace(_OURS, steps=Steps(8, 250, 0.4)),
+            "ours": replace(_OURS, steps=Steps(8, 250, 0.4, torch.bfloat16)),
             "ours without steps": _OURS,
         },
         path={
@@ -95,7 +95,7 @@ SETTINGS: dict[str, Settings] = {
             "ours": _path("resnet20", (3, 3, 4, 5, 7, 9, 11)),
             "ours without steps": _path("resnet20", (2, 2, 3, 7, 13, 19, 34)),
         },
-        arriving={"ours": replace(_OURS, steps=Steps(32, 250, 0.3), recalibrate=2000)},
+        arriving={"ours": replace(_OURS, steps=Steps(128, 250, 0.3, torch.bfloat16), recalibrate=2000)},
         fresh=2000,
     ),
 }

@@ -169,7 +169,7 @@ def _stepped(
     wanted = steps.count * steps.batch
     fresh = draw(data, min(wanted, len(data[0])) if is_pair(data) else wanted, generator)
     batches = in_batches(as_loader(fresh), steps.count, steps.batch)
-    step_on_support(model, loss, batches, found, result.support, options.ridge, steps.sizes)
+    step_on_support(model, loss, batches, found, result.support, options.ridge, steps.sizes, steps.autocast)
     return replace(result, weights=found.layout.flatten(model).cpu())
 
 

@@ -19,7 +19,8 @@ class Steps:
     """How many steps on the support follow each pruning.
 
     count: 0 for none, as in the paper. batch: fresh samples per step. size: η of the first step, in full Gauss-Newton
-    steps; it falls linearly, so that a stage does not end in the noise of its last batch.
+    steps; it falls linearly, so that a stage does not end in the noise of its last batch. autocast: the type that the
+    forward pass computes in, as in `torch.autocast`; bfloat16 takes half the time where the processor has it.
 
     >>> Steps(count=2, size=0.4).sizes
     [0.4, 0.2]
@@ -28,6 +29,7 @@ class Steps:
     count: int = 0
     batch: int = 250
     size: float = 0.4
+    autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.count < 0 or self.batch < 1 or not self.size > 0:
@@ -47,6 +49,7 @@ def step_on_support(
     support: Tensor,
     ridge: float,
     sizes: Sequence[float],
+    autocast: torch.dtype | None = None,
 ) -> None:
     """A step of each size on a batch of its own, on the weights of the support alone; the model is changed.
 
@@ -69,7 +72,8 @@ def step_on_support(
     model.train()
     try:
         for (x, y), size in zip(batches, sizes, strict=True):
-            value = loss(model(x.to(device)), y.to(device))
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                value = loss(model(x.to(device)), y.to(device))
             slopes = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
             slope = torch.cat([s.reshape(-1) for s in slopes]).cpu()[support]
             if not bool(torch.isfinite(slope.sum())):
