@@ -11,7 +11,7 @@ from torch import nn
 
 from espalier import Budget, construct, search_space
 from espalier.data import Dataset
-from espalier.experiments import gsparsity, l0_table, l0_wrn, sparse_methods
+from espalier.experiments import gsparsity, l0, l0_plots, l0_table, l0_wrn, sparse_methods
 from espalier.experiments.logs import forget_after
 from espalier.models.lenet5 import LeNet5
 from espalier.models.wide_resnet import WideResNet
@@ -70,6 +70,11 @@ def test_group_sparsity_stops_and_goes_on(tmp_path, monkeypatch):
     assert {"before", "support", "norm <= 1e-06", "norm <= 0.001"} <= set(line)
     none = line["norm <= 1e-06"]
     assert (none["removed"], none["after"]) == (0, line["before"])
+    saved = torch.load(tmp_path / f"{recipe.name}.pt", weights_only=True)
+    assert (line["loss"], line["cpu_s"]) == (round(saved["loss"], 4), round(saved["cpu_s"], 1))  # of a run that is over
+    again = gsparsity.run(recipe, tmp_path, 0)
+    assert again["loss"] == line["loss"] == line["loss"]
+    assert again["cpu_s"] == pytest.approx(line["cpu_s"], abs=0.2)
 
 
 def test_wide_resnet_with_gates():
@@ -149,6 +154,34 @@ def test_the_table_over_all_methods_shows_means_and_deviations():
     assert sparse_methods.table(lines).splitlines()[2:] == [
         "| rmda | 0.03 | 2 | 0.500 ± 0.000, 80.00 ± 0.00 | 1-2, 3-4 | 70.00 ± 0.00 | 81.00 ± 1.41 | 10 ± 0 |"
     ]
+
+
+def test_the_table_is_read_from_a_folder_or_from_one_file(capsys, monkeypatch, tmp_path):
+    committed = Path(__file__).parents[1] / "docs" / "results" / "gsparsity" / "sparse_methods.jsonl"
+    for i, line in enumerate(committed.read_text().splitlines()):
+        (tmp_path / f"{i}.json").write_text(line + "\n")
+    printed = []
+    for place in (committed, tmp_path):
+        monkeypatch.setattr("sys.argv", ["sparse_methods", "--table", "--out", str(place)])
+        sparse_methods.main()
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "| ramda | 0.008 | 3 |" in printed[0]
+
+
+def test_figures_2_and_3_are_drawn_from_the_committed_logs(tmp_path):
+    logs = Path(__file__).parents[1] / "docs" / "results" / "l0"
+    names = [str(logs / f"{name}.jsonl") for name in ("lenet5-arm-one-0", "mlp-arm-one-1", "mlp-arm-one-0")]
+    out, histograms = tmp_path / "curves.png", tmp_path / "histograms.png"
+    l0_plots.main([*names, "--out", str(out), "--histograms", str(histograms)])
+    assert out.read_bytes()[:4] == histograms.read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="mlp-arm-one-0"):  # whose lines were written before the histogram was
+        l0_plots.draw_histograms({"mlp-arm-one-0": l0_plots.read(logs / "mlp-arm-one-0.jsonl")}, histograms)
+
+
+def test_thresholds_of_a_run_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="without --thresholds"):
+        l0.thresholds(l0.Recipe(), tmp_path)
 
 
 def test_a_resumed_log_forgets_what_its_checkpoint_does_not_know(tmp_path):

@@ -135,17 +135,17 @@ def right(model: nn.Module, data: Dataset) -> int:
     return sum(int((model(x).argmax(1) == y).sum()) for x, y in Batches(data, 250, shuffle=False))
 
 
-def train(recipe: Recipe, space: SearchSpace, opt: FlatProximal, data: Dataset, saved: Path) -> float:
-    """All steps, from the checkpoint where there is one, in mixed precision; the last loss."""
+def train(recipe: Recipe, space: SearchSpace, opt: FlatProximal, data: Dataset, saved: Path) -> tuple[float, float]:
+    """All steps, from the checkpoint where there is one, in mixed precision; the last loss, and CPU seconds of all."""
     model = space.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     batches = Batches(data, recipe.batch_size, recipe.seed, Augment(pad=4, flip=True), drop_last=True)
-    loss = torch.tensor(float("nan"))
+    last, spent, began = float("nan"), 0.0, time.process_time()
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["opt"])
         batches.load_state_dict(state["batches"])
-        loss = torch.tensor(state.get("loss", float("nan")))
+        last, spent = state["loss"], state["cpu_s"]
     while opt.steps_done < recipe.steps:
         for x, y in batches:
             model.train()
@@ -160,12 +160,14 @@ def train(recipe: Recipe, space: SearchSpace, opt: FlatProximal, data: Dataset, 
             if opt.steps_done % 100 == 0:
                 print(recipe.name, opt.steps_done, f"{loss:.3f}", len(opt.zero_groups()), flush=True)
             if opt.steps_done % 100 == 0 or opt.steps_done == recipe.steps:
-                torch.save(
-                    {"model": model.state_dict(), "opt": opt.state_dict(), "batches": batches.state_dict()}, saved
-                )
+                last = float(loss.detach())
+                state = {"model": model.state_dict(), "opt": opt.state_dict(), "batches": batches.state_dict()}
+                state |= {"loss": last, "cpu_s": spent + time.process_time() - began}
+                torch.save(state, saved.with_suffix(".tmp"))
+                saved.with_suffix(".tmp").replace(saved)
             if opt.steps_done == recipe.steps:
                 break
-    return float(loss.detach())
+    return last, spent + time.process_time() - began
 
 
 def new_statistics(model: nn.Module, data: Dataset, seed: int, count: int = 40) -> None:
@@ -180,9 +182,8 @@ def run(recipe: Recipe, out: Path, held_out: int) -> dict[str, Any]:
     data, test = images(recipe, held_out)
     space = build(recipe)
     opt = optimizer(recipe, space)
-    start = time.process_time()
-    loss = train(recipe, space, opt, data, out / f"{recipe.name}.pt")
-    line: dict[str, Any] = {**asdict(recipe), "loss": round(loss, 4), "cpu_s": round(time.process_time() - start, 1)}
+    loss, spent = train(recipe, space, opt, data, out / f"{recipe.name}.pt")
+    line: dict[str, Any] = {**asdict(recipe), "loss": round(loss, 4), "cpu_s": round(spent, 1)}
     new_statistics(space.model, data, recipe.seed)
     line |= {"groups": len(opt.grouping), "images": len(test), "before": right(space.model, test)}
     readings = {"support": opt.zero_groups(), f"support for {PATIENCE} steps": opt.zero_groups(patience=PATIENCE)}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from espalier.data import load
+from espalier.errors import TrainingError
 from espalier.experiments.logs import forget_after
 from espalier.models.lenet5 import LeNet5
 from espalier.models.mlp_l0 import MLP
@@ -182,19 +183,28 @@ def run(recipe: Recipe, out: Path, save_every: int = 5) -> dict[str, Any]:
 
 
 def thresholds(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
-    """A finished run read at several thresholds τ of Eq. (14), the histogram's among them."""
+    """A finished run read at several thresholds τ of Eq. (14), the histogram's among them; FileNotFoundError where the
+    run is not in ``out``.
+    """
+    saved = out / f"{recipe.name}.pt"
+    if not saved.exists():
+        raise FileNotFoundError(f"{saved} is not there: run the same command without --thresholds first.")
     (x, y) = load("mnist", "test").tensors()
     x, gates = laid_out(recipe, x), gated(recipe, 60_000)
-    state = torch.load(out / f"{recipe.name}.pt", weights_only=True)
+    state = torch.load(saved, weights_only=True)
     gates.model.load_state_dict(state["model"])
     gates.load_state_dict(state["gates"])
     lines = []
     for tau in (0.1, 0.3, 0.5, 0.7, 0.9, "histogram"):
         gates.threshold = tau
-        found = report(gates, x, y)
         value = histogram_threshold(gates.probabilities()) if tau == "histogram" else tau
-        kept = {key: found[key] for key in ("open", "prune", "accuracy")}
-        lines.append({"threshold": tau, "value": round(float(value), 4), **kept})
+        line = {"threshold": tau, "value": round(float(value), 4)}
+        try:
+            found = report(gates, x, y)
+            line |= {key: found[key] for key in ("open", "prune", "accuracy")}
+        except TrainingError as error:  # a layer without any unit
+            line["refused"] = str(error)
+        lines.append(line)
     return lines
 
 

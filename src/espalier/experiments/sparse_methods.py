@@ -220,10 +220,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/sparse_methods"))
-    parser.add_argument("--table", action="store_true", help="print the runs that are there")
+    parser.add_argument("--table", action="store_true", help="print the runs in --out, a folder of them or one file of lines")
     args = parser.parse_args()
     if args.table:
-        print(table([json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]))
+        paths = [args.out] if args.out.is_file() else sorted(args.out.glob("*.json"))
+        print(table([json.loads(line) for path in paths for line in path.read_text().splitlines()]))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seed:
