@@ -8,7 +8,6 @@ from torch import Tensor, nn
 import espalier
 from espalier.errors import BudgetError, SpaceError
 from espalier.select.families import FamilyOptions
-from espalier.select.multistage import StageOptions
 from espalier.space.cost import measure
 
 
@@ -89,7 +88,7 @@ def zeros(net: nn.Module) -> float:
 def test_single_weights(method: str | None) -> None:
     torch.manual_seed(0)
     net, x, y = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)), torch.rand(300, 4), torch.arange(300) % 3
-    options = StageOptions(stages=2, n=50, batch=4)
+    options = {"n": 50, "batch": 4}
     small = espalier.prune(
         net, x[:2], budget=espalier.Budget(weights=0.25), method=method, data=(x, y), options=options
     ) if method else espalier.prune(net, x[:2], budget=espalier.Budget(weights=28))  # fmt: skip

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from espalier.construct import construct
-from espalier.curvature.layout import WeightLayout, convolution_and_linear
+from espalier.curvature.layout import Predicate, WeightLayout, convolution_and_linear
 from espalier.errors import BudgetError, SpaceError
 from espalier.saliency import Saliency, named, worth
 from espalier.select.families import prune_structures
 from espalier.select.layerwise import SELECTORS
+from espalier.select.masking import apply_masks, hold_masks
+from espalier.select.patterns import n_of_m
 from espalier.select.reconstruct import reconstruct
 from espalier.select.weights import WEIGHT_METHODS, output_loss, prune_weights
 from espalier.space.budget import Budget
@@ -63,8 +65,9 @@ def prune(
       batches, and labels in them are not needed.
     - "exchange++", "chita", "chita++", "exchange", "woodfisher", "cbs", "mfac", "weight-magnitude": single weights
       (:mod:`espalier.select.weights`) under ``Budget(weights=...)``, a share of all convolution and linear weights.
-      Without a method, such a budget takes "exchange++", or "weight-magnitude" where there is no data. For a
-      fine-tuning that keeps the zeros see :func:`espalier.select.hold_masks`.
+      Without a method, such a budget takes "exchange++", or "weight-magnitude" where there is no data. Zeros stay
+      zeros in ``finetune``, whatever `torch.optim` optimizer it uses; for a later fine-tuning of your own see
+      :func:`espalier.select.hold_masks`.
     - "structured-chita": structures by the same second-order model (:mod:`espalier.select.families`).
 
     ``settings`` are further arguments of the method's function.
@@ -82,11 +85,18 @@ def prune(
         raise SpaceError(f"no method is called '{method}': there are {', '.join(METHODS)}.")
     if method is None and settings:
         raise TypeError(f"{', '.join(settings)}: settings are for a method, and there is none.")
+    if method is not None and ranking != "global":
+        raise TypeError(
+            f"ranking={ranking!r} ranks saliencies, which method='{method}' does not look at: leave it out."
+        )
+    if method in WEIGHT_METHODS and (keep or budget.shapes_widths):
+        wrong = "keep=" if keep else "round_to, min_keep and max_keep"
+        raise TypeError(f"{wrong} is about structures; '{method}' prunes single weights: say which with prunable=.")
     small = copy.deepcopy(model)
     full: dict[str, float] = {}
     for step in range(1, steps + 1):
         space = search_space(small, args, kwargs, levels=levels, keep=keep)
-        full = full or _amounts(space, budget)
+        full = full or _amounts(space, budget, settings.get("prunable", convolution_and_linear))
         wanted = budget if steps == 1 else budget.tightened(step / steps, full)
         if method is None:
             selection = select(space, _worth(space, named(saliency), data, loss), wanted, ranking)
@@ -95,7 +105,12 @@ def prune(
             space, solution = _by_method(space, method, wanted, data, loss, settings)
         small = construct(space, solution)
         if finetune is not None:
-            finetune(small)
+            held = hold_masks(small, solution.masks)
+            try:
+                finetune(small)
+            finally:
+                held.remove()
+            apply_masks(small, solution.masks)  # also after a fine-tuning without any optimizer
     return small
 
 
@@ -112,9 +127,20 @@ def _by_method(
     if method in WEIGHT_METHODS:
         if set(budget.given) != {"weights"}:
             raise BudgetError(f"method='{method}' prunes single weights: give Budget(weights=...) alone, not {budget}.")
-        count = WeightLayout.of(space.model, settings.get("prunable", convolution_and_linear)).numel
-        keep = budget.bounds({"weights": float(count)})["weights"] / count
-        return prune_weights(space, data, on_outputs, keep, method, **settings)
+        layout = WeightLayout.of(space.model, settings.get("prunable", convolution_and_linear))
+        most = budget.bounds({"weights": float(layout.numel)})["weights"]
+        if settings.get("pattern") is not None:
+            least = n_of_m(layout, *settings["pattern"]).kept
+            if least > most * (1 + 1e-9):
+                raise BudgetError(
+                    f"pattern={settings['pattern']} keeps {least / layout.numel:.3g} of the weights, above {budget}."
+                )
+        space, solution = prune_weights(space, data, on_outputs, most / layout.numel, method, **settings)
+        if (kept := solution.provenance["kept"]) > most * (1 + 1e-9) + 1e-9:
+            raise BudgetError(
+                f"{budget}: the nearest that method='{method}' with these settings meets is {kept} weights."
+            )
+        return space, solution
     if data is None:
         raise SpaceError(f"method='{method}' needs data=, calibration batches.")
     if method in SELECTORS:
@@ -122,11 +148,11 @@ def _by_method(
     return prune_structures(space, data, on_outputs, budget, **settings)
 
 
-def _amounts(space: SearchSpace, budget: Budget) -> dict[str, float]:
+def _amounts(space: SearchSpace, budget: Budget, prunable: Predicate) -> dict[str, float]:
     """Of the network as it came, for every bound."""
     known: dict[str, float] = {"structures": float(len(space)), **vars(space.cost())}
     if "weights" in budget.given:
-        known["weights"] = float(WeightLayout.of(space.model).numel)
+        known["weights"] = float(WeightLayout.of(space.model, prunable).numel)
     if "latency" in budget.given:
         known["latency"] = latency(space.model, space.trace.args, space.trace.kwargs)
     return known

@@ -15,20 +15,18 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from espalier.curvature.layout import WeightLayout
 from espalier.experiments.chita_task import Draws, Task, accuracy, augmented, load_task
 from espalier.experiments.logs import forget_after
-from espalier.select.gradual import GradualOptions, GradualPruner
+from espalier.select.gradual import GradualOptions, GradualPruner, weight_selector
 from espalier.select.multistage import StageOptions
-from espalier.select.patterns import Quota, cardinality
-from espalier.select.weights import WEIGHT_METHODS, WEIGHT_OPTIONS
 
 Method = Literal["exchange", "chita", "weight-magnitude"]
 
@@ -96,10 +94,9 @@ def gradual(task: Task, method: str, path: Path, seed: int, recipe: Short, stop_
     optimizer = torch.optim.SGD(model.parameters(), recipe.rate, momentum=0.9, weight_decay=recipe.decay)
     options = StageOptions(1, "cubic", recipe.n, recipe.m, recipe.ridge, False, drop_dead=False)
 
-    def select(model: nn.Module, keep: float, event: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def select(model: nn.Module, keep: float, event: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         data = Draws(task.train, recipe.n * recipe.m, torch.Generator().manual_seed(1000 * seed + event))
-        masks, weights = pruned(model, method, data, keep, options, task)
-        return masks, weights
+        return weight_selector(data, method=method, options=options, prunable=task.prunable)(model, keep, event)
 
     pruner = GradualPruner(model, optimizer, select, Stairs(recipe))
     state = path.with_suffix(".pt")
@@ -137,20 +134,6 @@ def gradual(task: Task, method: str, path: Path, seed: int, recipe: Short, stop_
         )
         os.replace(temporary, state)
     return model
-
-
-def pruned(
-    model: nn.Module, method: str, data: Draws, keep: float, options: StageOptions, task: Task
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Masks and new weights by name, from one of the weight selectors."""
-
-    def allowed(layout: WeightLayout, fraction: float) -> Quota:
-        return cardinality(int(fraction * layout.numel), layout.numel)
-
-    layout, options = WeightLayout.of(model, task.prunable), replace(options, solver=WEIGHT_OPTIONS[method].solver)
-    loss = nn.functional.cross_entropy
-    result, _ = WEIGHT_METHODS[method](model, loss, data, keep, allowed, options, task.prunable)
-    return result.masks(layout), result.refitted(layout)
 
 
 def _epoch(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from espalier.curvature.layout import WeightLayout
-from espalier.select.patterns import Quota, cardinality
+from espalier.select.patterns import Quota, cardinality, count_of
 from espalier.select.result import Result
 
 
@@ -35,7 +35,7 @@ def erdos_renyi_kernel(layout: WeightLayout, keep: float) -> Quota:
     if not 0 < keep <= 1:
         raise ValueError(f"keep = {keep}: the fraction of weights to keep must lie in (0, 1]")
     raw = [sum(shape) / size for shape, size in zip(layout.shapes, layout.sizes, strict=True)]
-    total, full, scale = int(keep * layout.numel), set[int](), 0.0
+    total, full, scale = count_of(keep, layout.numel), set[int](), 0.0
     while True:
         rest = total - sum(layout.sizes[i] for i in full)
         open_ = [i for i in range(len(raw)) if i not in full]

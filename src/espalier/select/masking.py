@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from espalier.curvature.layout import Predicate, convolution_and_linear
 
@@ -58,7 +61,7 @@ def zero_masks(model: nn.Module, prunable: Predicate = convolution_and_linear) -
     return masks
 
 
-def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Hold:
+def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> Hold:
     """Apply the masks now and at every step of the optimizer, until `remove()` of what is returned.
 
     >>> layer = nn.Linear(2, 1, bias=False)
@@ -68,29 +71,45 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.o
     >>> float(layer.weight[0, 1].detach())
     0.0
 
-    Momentum and other per-weight state of what is masked is cleared now, and gradients of masked weights are set to
-    zero before each step: a weight that returns in a later pruning starts afresh. Both hooks are a few fused calls,
-    whatever the number of tensors.
+    Without an optimizer, at every step of any `torch.optim` optimizer, also of one that is made later.
+
+    Momentum and other per-weight state of what is masked is cleared before an optimizer's first step, and gradients of
+    masked weights are set to zero before each step (also where they are not finite): a weight that returns in a later
+    pruning starts afresh. Raises ValueError for a name or a shape that the model does not have, and for an optimizer
+    that has none of the masked parameters.
     """
-    apply_masks(model, masks)
-    clear_state(model, masks, optimizer)
     parameters, gone = _masked(model, masks)
-    tensors = list[Tensor](parameters)
-    keep = [(~mask).to(p.dtype) for p, mask in zip(parameters, gone, strict=True)]  # one type: the fused path
+    if optimizer is not None and parameters:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in trained for p in parameters):
+            raise ValueError(
+                f"the optimizer trains none of the masked parameters ({next(iter(masks))} ...): make it from the "
+                "parameters of the model that the masks are for, not of the one before it was pruned"
+            )
+    apply_masks(model, masks)
+    met: WeakSet[torch.optim.Optimizer] = WeakSet()
+    pairs = list(zip(parameters, gone, strict=True))
 
-    def before(*_: object) -> None:
-        some = [(p.grad, k) for p, k in zip(parameters, keep, strict=True) if p.grad is not None]
-        if some:
-            torch._foreach_mul_([grad for grad, _ in some], [mask for _, mask in some])
+    def before(stepping: torch.optim.Optimizer, *_: Any) -> None:
+        if stepping not in met:
+            met.add(stepping)
+            clear_state(model, masks, stepping)
+        for parameter, mask in pairs:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(mask, 0)
 
-    def after(*_: object) -> None:
+    def after(*_: Any) -> None:
         with torch.no_grad():
-            torch._foreach_mul_(tensors, keep)
-            torch._foreach_add_(tensors, 0.0)  # −0.0 becomes 0.0
+            for parameter, mask in pairs:
+                parameter.masked_fill_(mask, 0)
 
     if not parameters:
         return Hold([])
-    handles = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+    if optimizer is None:
+        handles = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+    else:
+        clear_state(model, masks, optimizer)
+        handles = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
     return Hold([handle.remove for handle in handles])
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 
 from espalier.batchnorm import recalibrate
 from espalier.curvature.gradients import GradientOptions, Gradients, as_loader, gradients, is_pair
 from espalier.curvature.layout import Predicate, WeightLayout, convolution_and_linear
 from espalier.curvature.matrix import dead_columns
 from espalier.curvature.per_layer import Loss
+from espalier.curvature.watch import Watch, unwatched, watching
 from espalier.select.chita import Solver, solve
-from espalier.select.patterns import Quota, cardinality
+from espalier.select.patterns import Quota, cardinality, count_of
 from espalier.select.problem import Problem
 from espalier.select.result import Result
 from espalier.select.steps import Steps, in_batches, step_on_support
@@ -82,6 +86,15 @@ class StageOptions:
     steps: Steps = field(default_factory=Steps)
     gradient: GradientOptions = field(default_factory=GradientOptions)
 
+    def __post_init__(self) -> None:
+        if self.stages < 1 or self.n < 1 or self.batch < 1 or self.recalibrate < 0:
+            raise ValueError(
+                f"stages={self.stages}, n={self.n}, batch={self.batch}, recalibrate={self.recalibrate}: the last is at "
+                "least 0, the others at least 1"
+            )
+        if not 0 <= self.ridge < math.inf:
+            raise ValueError(f"ridge={self.ridge}: λ is a number, and at least 0")
+
 
 def chita_plus_plus(
     model: nn.Module,
@@ -125,34 +138,55 @@ def in_stages(
     """`chita_plus_plus` with the pruned copy of the model, whose batch norm statistics may be new too."""
     options = options or StageOptions()
     steps = list(path) if path is not None else densities(options.schedule, options.stages, _fraction(keep))
+    if not steps:
+        raise ValueError("path is empty: give the density after each stage, one at least")
+    if len(steps) > 1 and _repeats(data):
+        warnings.warn(
+            "the data gives the same samples each time, so that every stage sees the same ones: pass a loader that "
+            "shuffles, or a pair of tensors",
+            stacklevel=2,
+        )
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(options.seed)
     layout = WeightLayout.of(model, prunable)
     taken = _any_trainable(prunable) if options.free else prunable
     mine = WeightLayout.of(model, taken).holds(layout.names) if options.free else None
     result, history = None, []
-    for stage, density in enumerate(steps, 1):
-        sample = draw(data, options.n * options.batch, generator)
-        try:
-            found = gradients(model, loss, sample, options.n, options.batch, taken, options.gradient).gathered()
-        except ValueError as error:
-            raise ValueError(f"stage {stage} of {len(steps)}: {error}") from error
-        quota = keep(layout, density) if callable(keep) else cardinality(int(density * layout.numel), layout.numel)
-        result = prune_once(found.A, found.w_bar, quota, options, mine)
-        found.layout.write(model, result.weights)
-        if options.recalibrate:
-            recalibrate(model, inputs_of(sample), options.recalibrate)
-        if options.steps.count:
-            result = _stepped(model, loss, data, found, result, options, generator)
+    with _watched(options, len(steps), layout.numel) as (watch, inner):
+        for stage, density in enumerate(watch(steps, "stages"), 1):
+            sample = draw(data, options.n * options.batch, generator)
+            try:
+                found = gradients(model, loss, sample, options.n, options.batch, taken, inner).gathered()
+            except ValueError as error:
+                raise ValueError(f"stage {stage} of {len(steps)}: {error}") from error
+            k = count_of(density, layout.numel)
+            quota = keep(layout, density) if callable(keep) else cardinality(k, layout.numel)
+            result = prune_once(found.A, found.w_bar, quota, options, mine)
+            found.layout.write(model, result.weights)
             if options.recalibrate:
                 recalibrate(model, inputs_of(sample), options.recalibrate)
-        if mine is not None:
-            result = replace(result, weights=result.weights[mine], support=result.support[mine])
-        history.append(result.objective)
-        if on_stage is not None:
-            on_stage(stage, model, result)
+            if options.steps.count:
+                result = _stepped(model, loss, data, found, result, options, generator)
+                if options.recalibrate:
+                    recalibrate(model, inputs_of(sample), options.recalibrate)
+            if mine is not None:
+                result = replace(result, weights=result.weights[mine], support=result.support[mine])
+            history.append(result.objective)
+            if on_stage is not None:
+                on_stage(stage, model, result)
     assert result is not None
     return replace(result, history=tuple(history)), model
+
+
+@contextmanager
+def _watched(options: StageOptions, stages: int, p: int) -> Iterator[tuple[Watch, GradientOptions]]:
+    """One bar over all stages in place of one for each stage's gradients; the options for those."""
+    if stages == 1:
+        yield unwatched, options.gradient
+        return
+    cost = f"{stages} stages, each with {options.n} gradients of {options.batch} samples, for {p:,} weights"
+    with watching(options.gradient.progress, lambda: cost) as watch:
+        yield watch, replace(options.gradient, progress=False)
 
 
 def _stepped(
@@ -203,6 +237,13 @@ def draw(data: Data, count: int, generator: torch.Generator) -> Data:
         raise ValueError(f"a stage needs n · batch = {count} samples, but the data has {len(inputs)}")
     index = torch.randperm(len(inputs), generator=generator)[:count]
     return inputs[index], targets[index]
+
+
+def _repeats(data: Data) -> bool:
+    """Whether a loader is known not to shuffle."""
+    if is_pair(data):
+        return False
+    return isinstance(data, list) or isinstance(getattr(data, "sampler", None), SequentialSampler)
 
 
 def _fraction(keep: float | Callable[[WeightLayout, float], Quota]) -> float:

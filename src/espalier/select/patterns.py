@@ -87,6 +87,15 @@ class Quota:
         return Quota(self.cell[index], self.quota)
 
 
+def count_of(fraction: float, total: int) -> int:
+    """How many of `total` weights a fraction allows: rounded down, but not for the last digit of a float.
+
+    >>> int(0.29 * 100), count_of(0.29, 100)
+    (28, 29)
+    """
+    return int(fraction * total * (1 + 1e-12) + 1e-9)
+
+
 def cardinality(k: int, p: int) -> Quota:
     """At most k of all p weights.
 
@@ -104,7 +113,7 @@ def per_layer(layout: WeightLayout, keep: float | Mapping[str, float]) -> Quota:
     for name, fraction in zip(layout.names, fractions, strict=True):
         if not 0 < fraction <= 1:
             raise ValueError(f"{name}: the fraction of weights to keep is {fraction}, but must lie in (0, 1]")
-    quota = [max(1, int(f * size)) for f, size in zip(fractions, layout.sizes, strict=True)]
+    quota = [max(1, count_of(f, size)) for f, size in zip(fractions, layout.sizes, strict=True)]
     return Quota(layout.tensor_index(), torch.tensor(quota))
 
 

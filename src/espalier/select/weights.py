@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -22,7 +22,7 @@ from espalier.select.cbs import cbs
 from espalier.select.magnitude import erdos_renyi_kernel, magnitude
 from espalier.select.multistage import Data, StageOptions, densities, draw, in_stages
 from espalier.select.obs import brain_surgeon
-from espalier.select.patterns import Quota, cardinality, n_of_m, per_layer
+from espalier.select.patterns import Quota, cardinality, count_of, n_of_m, per_layer
 from espalier.select.problem import Problem
 from espalier.select.result import Result
 from espalier.space.search_space import SearchSpace
@@ -44,7 +44,7 @@ def prune_weights(
     *,
     layers: Layers = "together",
     pattern: tuple[int, int] | None = None,
-    options: StageOptions | None = None,
+    options: StageOptions | Mapping[str, Any] | None = None,
     prunable: Predicate = convolution_and_linear,
 ) -> tuple[SearchSpace, Solution]:
     """Keep the fraction `keep` of all prunable weights; the others become zeros, and those that stay are adjusted.
@@ -64,31 +64,26 @@ def prune_weights(
     magnitude needs none. loss(output, target): a mean over samples. method: a name of `WEIGHT_METHODS`. layers: one
     budget for all tensors "together", the same fraction of "each", or "erk", Erdős-Rényi-kernel densities. pattern:
     (n, m) keeps n of every m neighbours instead, and `keep` is not looked at. options: the method's own by default
-    (`WEIGHT_OPTIONS`; the solver is always the method's), with fewer samples, and a warning, where the data has
-    fewer. prunable: which parameters; convolution and linear weights by default, without biases and norms.
+    (`WEIGHT_OPTIONS`), with fewer samples, and a warning, where the data has fewer; a mapping changes what it names in
+    them, as in ``{"n": 40}``, and a `StageOptions` takes their place, but for the solver, which is the method's.
+    prunable: which parameters; by default the ``weight`` of convolution and linear layers, so neither biases, norms
+    and embeddings nor what other modules hold themselves (``in_proj_weight`` of `nn.MultiheadAttention`).
 
     Raises SpaceError for an unknown method or missing data, BudgetError for a fraction outside (0, 1] or a pattern
-    that the method cannot hold, ValueError as `gradients` does (tied or frozen weights, too little data).
+    that the method cannot hold, ValueError as `gradients` does (tied or frozen weights, too little data) and for
+    options of several stages where the method has one.
     """
-    if method not in WEIGHT_METHODS:
-        raise SpaceError(f"no method for weights is called '{method}': there are {', '.join(WEIGHT_METHODS)}.")
     if not 0 < keep <= 1:
         raise BudgetError(f"weights={keep}: the fraction of weights that stays must lie in (0, 1].")
-    if method == "cbs" and (pattern is not None or layers != "together"):
-        raise BudgetError("CBS swaps weights of all tensors: it holds one budget for all, not layers= or pattern=.")
-    if pattern is not None and layers != "together":
-        raise BudgetError(f"pattern={pattern} is a budget of its own: leave layers={layers!r} out.")
-    if data is None and method != "weight-magnitude":
-        raise SpaceError(f"method='{method}' needs data=, pairs of inputs and targets.")
     samples = cast(Data, list(data) if hasattr(data, "__next__") else data)  # type: ignore[call-overload]
-    model, allowed = copy.deepcopy(space.model), _allowed(layers, pattern)
+    chosen = method_options(method, options, samples, layers, pattern)
+    model = copy.deepcopy(space.model)
     modes = {name: module.training for name, module in model.named_modules()}
-    if int(keep * WeightLayout.of(model, prunable).numel) < 1:
+    if count_of(keep, WeightLayout.of(model, prunable).numel) < 1:
         raise BudgetError(f"weights={keep}: not one weight would stay of the {WeightLayout.of(model, prunable).numel}.")
-    usual = WEIGHT_OPTIONS[method]
-    blind = data is None or method == "weight-magnitude"
-    chosen = replace(options, solver=usual.solver) if options else usual if blind else fitted(usual, samples)
-    result, pruned = WEIGHT_METHODS[method](model.eval(), loss, samples, keep, allowed, chosen, prunable)
+    result, pruned = WEIGHT_METHODS[method](
+        model.eval(), loss, samples, keep, quotas(layers, pattern), chosen, prunable
+    )
     for name, module in pruned.named_modules():
         module.training = modes[name]
     again = space.of(pruned)
@@ -100,6 +95,41 @@ def prune_weights(
     return again, Solution((), again.fingerprint, result.masks(layout), provenance)
 
 
+def method_options(
+    method: str,
+    options: StageOptions | Mapping[str, Any] | None,
+    data: Data | None,
+    layers: Layers = "together",
+    pattern: tuple[int, int] | None = None,
+) -> StageOptions:
+    """The method's options with what the caller wants changed; raises for what the method cannot do."""
+    if method not in WEIGHT_METHODS:
+        raise SpaceError(f"no method for weights is called '{method}': there are {', '.join(WEIGHT_METHODS)}.")
+    if method == "cbs" and (pattern is not None or layers != "together"):
+        raise BudgetError("CBS swaps weights of all tensors: it holds one budget for all, not layers= or pattern=.")
+    if pattern is not None and layers != "together":
+        raise BudgetError(f"pattern={pattern} is a budget of its own: leave layers={layers!r} out.")
+    if data is None and method != "weight-magnitude":
+        raise SpaceError(f"method='{method}' needs data=, pairs of inputs and targets.")
+    usual = WEIGHT_OPTIONS[method]
+    changes = {} if isinstance(options, StageOptions) else dict(options or {})
+    known = {f.name for f in fields(StageOptions)} - {"solver"}
+    wrong = sorted(set(changes) - known)
+    if wrong:
+        raise ValueError(f"options: '{wrong[0]}' is none of {', '.join(sorted(known))}")
+    whole = isinstance(options, StageOptions)
+    chosen = replace(options, solver=usual.solver) if whole else replace(usual, **changes)
+    if usual.stages == 1 != chosen.stages:
+        several = f"take '{method}++' for several, or " if f"{method}++" in WEIGHT_METHODS else ""
+        raise ValueError(
+            f"'{method}' is one stage, and these options have {chosen.stages}: {several}change single settings of the "
+            f"method's own, as in options={{'n': {chosen.n}}}"
+        )
+    if whole or data is None or method == "weight-magnitude" or {"n", "batch"} & set(changes):
+        return chosen
+    return fitted(chosen, data)
+
+
 def output_loss(loss: Callable[[Any, Any], Tensor]) -> Loss:
     """A loss(output, target) from a loss(model, (inputs, targets)) that calls the model once on the inputs.
 
@@ -107,7 +137,17 @@ def output_loss(loss: Callable[[Any, Any], Tensor]) -> Loss:
     >>> output_loss(by_model)(torch.ones(2), torch.zeros(2))
     tensor(1.)
     """
-    return lambda output, target: loss(lambda *_, **__: output, (None, target))
+
+    def on_output(output: Any, target: Any) -> Tensor:
+        try:
+            return loss(lambda *_, **__: output, (None, target))
+        except (AttributeError, TypeError) as error:
+            raise TypeError(
+                f"loss= is called as loss(model, batch) and calls the model once on the batch's inputs: {error}. "
+                "For a loss of (output, target) write loss=lambda model, batch: yours(model(batch[0]), batch[1])"
+            ) from error
+
+    return on_output
 
 
 def fitted(options: StageOptions, data: Data) -> StageOptions:
@@ -135,11 +175,12 @@ def fitted(options: StageOptions, data: Data) -> StageOptions:
     return made
 
 
-def _allowed(layers: Layers, pattern: tuple[int, int] | None) -> Allowed:
+def quotas(layers: Layers, pattern: tuple[int, int] | None) -> Allowed:
+    """What is allowed, given a layout and a fraction to keep; see `prune_weights`."""
     if pattern is not None:
         return lambda layout, _: n_of_m(layout, *pattern)
     kinds: dict[str, Allowed] = {
-        "together": lambda layout, keep: cardinality(int(keep * layout.numel), layout.numel),
+        "together": lambda layout, keep: cardinality(count_of(keep, layout.numel), layout.numel),
         "each": per_layer,
         "erk": erdos_renyi_kernel,
     }
