@@ -1,6 +1,7 @@
 """All solvers of problem (5) on the same instances, in one run: objective and CPU time.
 
-    ESPALIER_DATA=… python benchmarks/chita_solvers.py --network mlpnet
+    ESPALIER_DATA=… python benchmarks/chita_solvers.py --network mlpnet --out runs/solvers.jsonl
+    python benchmarks/chita_solvers.py --table --out runs/solvers.jsonl
 
 Instances: n = 500 single-sample gradients at the dense weights, no first-order term (MLPNet λ = 1e-3,
 ResNet-20 λ = 1e-4). Times are CPU seconds of one thread, from the tensors to the result, including the check
@@ -96,6 +97,25 @@ def timed(solve: Callable[[], Result], repeats: int) -> tuple[Result, float]:
     return result, best
 
 
+def tables(lines: list[dict[str, Any]]) -> str:
+    """Markdown, a table per network: objective (CPU seconds; how often all of A is read)."""
+    parts = []
+    for network in dict.fromkeys(line["network"] for line in lines):
+        own = {(line["solver"], line["sparsity"]): line for line in lines if line["network"] == network}
+        sparsities = sorted({sparsity for _, sparsity in own})
+        rows = [f"| {network} | {' | '.join(map(str, sparsities))} |", "|-|" + "-|" * len(sparsities)]
+        for solver in dict.fromkeys(solver for solver, _ in own):
+            cells = [_cell(own[solver, s]) if (solver, s) in own else "" for s in sparsities]
+            rows.append(f"| {solver} | {' | '.join(cells)} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def _cell(line: dict[str, Any]) -> str:
+    reads = f"; {line['a_reads']:.1f}" if "a_reads" in line else ""
+    return f"{line['objective']:.4f} ({line['cpu_seconds']:.2f}{reads})"
+
+
 def main(
     network: Literal["mlpnet", "resnet20"] = "mlpnet",
     n: int = 500,
@@ -104,8 +124,12 @@ def main(
     sparsities: tuple[float, ...] = (),
     seed: int = 0,
     reference: Path | None = None,
+    table: bool = False,
     out: Path = Path("runs/chita-solvers.jsonl"),
 ) -> None:
+    if table:
+        print(tables([json.loads(line) for line in out.read_text().splitlines()]))
+        return
     torch.set_num_threads(1)
     task = load_task(network)
     ridge, usual = INSTANCES[network]
