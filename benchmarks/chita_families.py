@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -125,7 +126,8 @@ def table(out: Path = Path("runs/chita-families.jsonl")) -> None:
             for bound in budgets:
                 some = [line for line in mine if (line["choice"], line["macs"]) == (choice, bound)]
                 cells.append(", ".join(f"{line['accuracy']:.2f}" for line in some))
-                cells.append(f"{mean(line['objective'] for line in some):.3g}" if some else "")
+                known = [q for line in some if not math.isnan(q := line["objective"])]
+                cells.append(f"{mean(known):.3g}" if known else "")
             rows.append(f"| {choice} | " + " | ".join(cells) + " |")
         sys.stdout.write("\n".join(rows) + "\n\n")
 
