@@ -1,7 +1,7 @@
 """CPU seconds of an epoch (600 steps of 100 images) with gates, beside the L0-ARM authors' code, by turns.
 
     python benchmarks/l0_epoch.py [--reference CHECKOUT] [--steps 60] [--network mlp lenet5] [--method arm ar]
-        [--trained runs/l0]
+        [--trained runs/l0 [--lam separate]]
 
 CHECKOUT is a clone of https://github.com/leo-yangli/l0-arm (read, not changed). Both start from the same gate
 probabilities, on random images of MNIST's shape, and take turns of 20 steps. With --trained, ours starts from the
@@ -28,12 +28,12 @@ BLOCK = 20
 Steps = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-def ours(network: str, method: str, trained: Path | None = None) -> Steps:
+def ours(network: str, method: str, trained: Path | None = None, lam: str = "one") -> Steps:
     """Steps of the recipe in espalier.experiments.l0."""
-    recipe = Recipe(network, method)
+    recipe = Recipe(network, method, lam)
     gates = gated(recipe, 60_000)
     if trained:
-        state = torch.load(sorted(trained.glob(f"{network}-{method}-one-*.pt"))[0], weights_only=True)
+        state = torch.load(sorted(trained.glob(f"{network}-{method}-{lam}-*.pt"))[0], weights_only=True)
         gates.model.load_state_dict(state["model"])
         gates.load_state_dict(state["gates"])
     opt = torch.optim.Adam([*gates.model.parameters(), *gates.parameters()], lr=1e-3, fused=True)
@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--trained", type=Path)
+    parser.add_argument("--lam", choices=("one", "separate"), default="one", help="of the runs in --trained")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--network", nargs="+", choices=("mlp", "lenet5"), default=["mlp", "lenet5"])
     parser.add_argument("--method", nargs="+", choices=("arm", "ar"), default=["arm", "ar"])
@@ -81,7 +82,7 @@ def main() -> None:
     rows = []
     for network in args.network:
         for method in args.method:
-            makers = {"ours": ours(network, method, args.trained)}
+            makers = {"ours": ours(network, method, args.trained, args.lam)}
             if args.reference:
                 makers["theirs"] = theirs(network, method, args.reference)
             spent: dict[str, list[float]] = {name: [] for name in makers}
