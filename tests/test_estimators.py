@@ -1,16 +1,19 @@
 """Gradient estimators against exact enumeration over all gates."""
 
 import itertools
+import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from espalier.errors import TrainingError
+from espalier.sparsify import Gates, input_gates
 from espalier.sparsify.estimators import draw, gradient
 from espalier.sparsify.hard_concrete import HardConcrete
 from espalier.sparsify.penalty import expected_l0, expected_l1, expected_l2
 from espalier.sparsify.probability import HardSigmoid, Sigmoid, draw_phi
-from espalier.sparsify.threshold import histogram_threshold
+from espalier.sparsify.threshold import checked_threshold, histogram_threshold
 
 V, DRAWS = 6, 400_000
 FUNCTIONS = {
@@ -185,3 +188,40 @@ def test_threshold_splits_the_two_spikes():
     low, high = torch.rand(300) * 0.2, 0.7 + 0.3 * torch.rand(100)
     assert 0.19 < histogram_threshold(torch.cat([low, high])) < 0.71
     assert histogram_threshold(torch.full((5,), 0.3)) == 0.5
+
+
+def test_cut_at_any_threshold():
+    for value in (0, 0.0, 0.5, 0.999, "histogram"):
+        assert checked_threshold(value) == value
+
+
+@pytest.mark.parametrize("make", [Sigmoid, HardSigmoid])
+@pytest.mark.parametrize("k", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_slope_is_positive(make, k):
+    with pytest.raises(TrainingError, match="k, the slope of g, is above 0"):
+        make(k)
+
+
+@pytest.mark.parametrize("initial", [0.3, 0.5, 0.8])
+def test_how_open_hard_concrete_gates_start(initial):
+    """``initial`` is σ(log α), as the authors draw it; gates are open more often, as the docstring's formula says."""
+    gate, log_alpha = HardConcrete(), torch.logit(torch.tensor(initial, dtype=torch.float64))
+    u = torch.rand(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    open_share = (gate.sample(log_alpha, u) > 0).double().mean()
+    formula = torch.sigmoid(log_alpha - gate.beta * math.log(-gate.gamma / gate.zeta))
+    assert open_share.item() == pytest.approx(formula.item(), abs=3e-3)
+    model = nn.Sequential(nn.Linear(4, 3000), nn.ReLU(), nn.Linear(3000, 2))
+    gates = Gates(model, [input_gates(model, "2", producer="0")], estimator="hc", initial=initial)
+    assert gates.phi.sigmoid().mean().item() == pytest.approx(initial, abs=1e-3)
+    assert gates.probabilities().mean().item() == pytest.approx(formula.item(), abs=1e-3)
+
+
+def test_norms_of_hard_concrete_gates_are_bounds():
+    """L0 is exact; L1 and L2 with P(z != 0) lie above the expectations over the gates' own values."""
+    gate, log_alpha = HardConcrete(), torch.tensor([-2.0, -0.5, 0.0, 1.0, 3.0], dtype=torch.float64)
+    theta = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
+    u = torch.rand((200_000, 5), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gated, pi = gate.sample(log_alpha, u) * theta, gate.open_probability(log_alpha)
+    assert float(expected_l0(pi)) == pytest.approx(float((gated != 0).sum(-1).double().mean()), abs=0.01)
+    assert float(expected_l1(pi, theta)) > float(gated.abs().sum(-1).mean()) + 0.3
+    assert float(expected_l2(pi, theta)) > float(gated.square().sum(-1).mean()) + 0.3

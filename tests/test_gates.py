@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def test_sliced_and_finished_networks_equal_the_gated_one(network, method):
 def test_prune_rate_of_the_papers_table():
     """A retained a-b-c of the MLP leaves ab + bc + 10c weights: 143-153-78 is 87.00 % pruned (Table 2)."""
     gates = gated(Recipe("mlp", "arm"), 60_000)
+    gates(batch("mlp")[0].float())
     with torch.no_grad():
         gates.phi.fill_(-1.0)
         for values, count in zip(gates.by_site(gates.phi).values(), (143, 153, 78), strict=True):
@@ -126,8 +128,12 @@ def test_batch_norm_statistics_are_updated_once_and_the_mode_is_the_same():
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
     seen = []
     model[1].register_forward_hook(lambda m, args, out: seen.append((m.training, out.mean().abs().item())))
-    gates = Gates(model, [output_gates(model, "0", consumers=["4"])], estimator="arm")
+    gates = Gates(model, [output_gates(model, "0")], estimator="arm")
     x, y = torch.randn(8, 2, 5, 5), torch.randint(2, (8,))
+    gates(x[:2])
+    assert model[1].num_batches_tracked == 1
+    model[1].reset_running_stats()
+    seen.clear()
     gates.backward(lambda: cross_entropy(gates(x), y))
     assert [mode for mode, _ in seen] == [True, True]
     assert model[1].num_batches_tracked == 1
@@ -139,6 +145,8 @@ def test_both_passes_see_the_same_dropout():
     seen = []
     model[1].register_forward_hook(lambda m, args, out: seen.append(out / args[0]))
     gates = Gates(model, [input_gates(model, "2", producer="0")], estimator="arm")
+    gates(torch.randn(3, 4))
+    seen.clear()
     gates.backward(lambda: gates(torch.randn(3, 4).abs()).square().mean())
     kept = [(s != 0) for s in seen]
     assert torch.equal(*kept)
@@ -154,6 +162,8 @@ def test_both_passes_see_the_same_functional_dropout():
     seen, model = [], Net()
     gates = Gates(model, [input_gates(model, "b", producer="a")], estimator="arm")
     x = torch.randn(3, 3)
+    gates(x)
+    seen.clear()
     gates.backward(lambda: gates(x).square().mean())
     assert torch.equal(*seen)
     gates.backward(lambda: gates(x).square().mean())
@@ -164,6 +174,7 @@ def test_solution_of_layer_gates_masks_closed_units():
     torch.manual_seed(0)
     model, x = Tiny(), torch.randn(5, 3)
     gates = Gates(model, [input_gates(model, "b", producer="a")])
+    gates(x)
     with torch.no_grad():
         gates.phi.copy_(torch.tensor([1.0, -1.0, 1.0, -1.0]))
     space = search_space(model, (x,))
@@ -209,6 +220,17 @@ def test_lambda_is_divided_by_the_number_of_examples():
     assert gates.penalty().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+NAN, INFINITY = float("nan"), float("inf")
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    *(({"lam": bad}, "lam is at least 0") for bad in (NAN, INFINITY, {"b": NAN})),
+    *(({"examples": bad}, "lam is at least 0, and examples") for bad in (0, NAN)),
+    *(({"initial": bad}, "initial: probabilities lie strictly") for bad in (NAN, 0.0, 1.0, -0.1, {"b": 1.5})),
+    *(({"weight_decay": bad}, "weight_decay and l1 are at least 0") for bad in (-1e-3, NAN, INFINITY)),
+    *(({"l1": bad}, "weight_decay and l1 are at least 0") for bad in (-1e-3, NAN, INFINITY)),
+    *(({"threshold": bad}, "threshold: a number from 0") for bad in (1.0, 1.5, -1, NAN, "otsu", "0.5")),
+]
+
+
 def test_bad_input():
     model = Tiny()
     site = input_gates(model, "b", producer="a")
@@ -220,6 +242,13 @@ def test_bad_input():
         Gates(model, [site], lam={"c": 1.0})
     with pytest.raises(TrainingError, match="lam is at least 0"):
         Gates(model, [site], lam=-1.0)
+    for options, why in BAD_OPTIONS:
+        with pytest.raises(TrainingError, match=why):
+            Gates(model, [site], **options)
+    gates = Gates(model, [site])
+    with pytest.raises(TrainingError, match="'histogram', not 'otsu'"):
+        gates.threshold = "otsu"
+    assert gates.threshold == 0.5
     with pytest.raises(TrainingError, match="no layer is called 'c'"):
         input_gates(model, "c")
     with pytest.raises(TrainingError, match="no multiple"):

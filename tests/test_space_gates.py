@@ -112,9 +112,10 @@ def test_the_gated_model_equals_the_constructed_one(name, method):
     gated = gates(x)
     solution = gates.solution()
     assert len(solution.removed) > 0
-    gates.finish()
+    finished = gates.finish()
     small = construct(space, solution)
-    torch.testing.assert_close(small(x), gated, rtol=1e-9, atol=1e-10)
+    for network in (small, finished, gates):
+        torch.testing.assert_close(network(x), gated, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(gates.space.masked(solution)(x), gated, rtol=1e-9, atol=1e-10)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 

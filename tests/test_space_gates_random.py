@@ -37,5 +37,5 @@ def test_gates_equal_the_masked_and_the_constructed_network(seed: int) -> None:
     with torch.no_grad():
         gates.phi.copy_(0.3 * torch.randn(gates.phi.shape))
         gated, solution = gates(x), gates.solution()
-        gates.finish()
-        torch.testing.assert_close(espalier.construct(space, solution)(x), gated, rtol=1e-8, atol=1e-9)
+        for network in (gates.finish(), espalier.construct(space, solution), gates):
+            torch.testing.assert_close(network(x), gated, rtol=1e-8, atol=1e-9)

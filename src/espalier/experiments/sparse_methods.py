@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/sparse_methods"))
-    parser.add_argument("--table", action="store_true", help="print the runs in --out, a folder of them or one file of lines")
+    parser.add_argument("--table", action="store_true", help="print what is in --out, a folder or a file of lines")
     args = parser.parse_args()
     if args.table:
         paths = [args.out] if args.out.is_file() else sorted(args.out.glob("*.json"))

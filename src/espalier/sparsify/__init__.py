@@ -4,6 +4,7 @@ from espalier.sparsify.bisect import bisect_mu, fit_to_target, kept_share
 from espalier.sparsify.gates import Gates
 from espalier.sparsify.grouping import Grouping, layer_groups, named_groups, space_groups
 from espalier.sparsify.halfspace import DHSPG, H2SPG, HSPG, ProxSGPlus
+from espalier.sparsify.over_open import over_what_stays
 from espalier.sparsify.probability import HardSigmoid, Sigmoid
 from espalier.sparsify.proxsgd import PAPER, ProxSGD
 from espalier.sparsify.rmda import RAMDA, RMDA
@@ -35,6 +36,7 @@ __all__ = [
     "layer_groups",
     "named_groups",
     "output_gates",
+    "over_what_stays",
     "sliced",
     "space_groups",
 ]

@@ -5,12 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from espalier.errors import TrainingError
+from espalier.modes import evaluating
 from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
+from espalier.sparsify.claims import try_sites
 from espalier.sparsify.conditional import Narrowing, Part, Places
+from espalier.sparsify.folding import along, folded, masks
 from espalier.sparsify.gating import Gating, Options
+from espalier.sparsify.layer_macs import layer_macs
+from espalier.sparsify.passes import same_noise
 from espalier.sparsify.penalty import expected_l1, expected_l2
 from espalier.sparsify.probability import Probability
 from espalier.sparsify.sites import Site
@@ -37,17 +44,24 @@ class Gates(Gating):
     same mode, running statistics updated once) and leaves gradients in the model's parameters and in ``phi``.
     Outside of it, gates have their value after training, Eq. (14): π where π exceeds the threshold, else 0.
 
+    The first ``gates(x)`` tries out, in a few more evaluations, whether a unit of each site can go as the site says,
+    and raises :class:`TrainingError` where it cannot, as with a batch norm, a sigmoid or a residual addition between
+    the layers; ``sliced`` and ``conditional`` also need that no other layer reads the units.
+
     Args:
         sites: from ``input_gates`` and ``output_gates``.
         g: π = g(φ); not for "hc".
         lam: λ, for all sites or by site name; it is divided by ``examples``, the number N of training
             examples.
         weight_decay: factor of ½ E|θ|² over the gated layers' weights, Eq. (18).
-        l1: factor of E|θ| over the same weights, Eq. (15).
-        initial: probability of a gate to be open at the start, for all sites or by site name.
+        l1: factor of E|θ| over the same weights, Eq. (15). For "hc", whose gates also lie between 0 and 1, both are
+            Louizos et al.'s upper bounds, with P(z ≠ 0) in place of E z and E z².
+        initial: probability π of a gate to be open at the start, for all sites or by site name. For "hc" it is
+            σ(log α), 1 - droprate in the authors' code: such a gate is not 0 with the larger probability
+            σ(logit(initial) - β log(-γ/ζ)), for 0.5 with 0.832, for 0.8 with 0.952.
         per_sample: a draw for each example, in place of one for the whole batch; the loss must then be one
             per example.
-        threshold: τ of Eq. (14), or "histogram".
+        threshold: τ of Eq. (14), from 0 up to but not including 1, or "histogram"; "hc" has its own.
         reference: the paper's gradient factor, biased unless g is the scaled sigmoid.
         conditional: in ``gates(x)``, units whose gate is 0 are not computed, wherever enough are closed for that to
             be faster.
@@ -74,6 +88,12 @@ class Gates(Gating):
     ):
         if not sites:
             raise TrainingError("there is nothing to gate: sites is empty.")
+        names = [site.name for site in sites]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise TrainingError(
+                f"two sites are called '{twice}': give one of them another name, input_gates(..., name='...')."
+            )
         own = dict(model.named_parameters())
         for site in sites:
             if not any(own[s.parameter].requires_grad for s in site.slices):
@@ -85,7 +105,7 @@ class Gates(Gating):
         )
         counts = [site.count for site in sites]
         sizes = torch.tensor([float(s.size) for s in sites]).repeat_interleave(torch.tensor(counts))
-        super().__init__(model, [s.name for s in sites], counts, sizes, options)
+        super().__init__(model, names, counts, sizes, options)
         self.sites, self.conditional, self._own = tuple(sites), conditional, own
         self.narrowing = Narrowing.of(self.sites)
         self._places = Places(model, {name for name, _ in self.narrowing.index})
@@ -94,9 +114,14 @@ class Gates(Gating):
         self._kept: Mapping[tuple[str, int], Tensor] | None = None
         self._parts: list[Part] = []
         self._hooks = [self._attach(i, site) for i, site in enumerate(self.sites)]
+        self._checked, self._not_narrow = False, ""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The gated network; within :meth:`backward` narrowed to the open units where ``conditional``."""
+        if not self._checked:
+            self._check(args, kwargs)
+        if self.conditional:
+            self.need_narrow()
         z = self._z
         if not self.conditional or z is None or z.ndim > 1:
             return self.model(*args, **kwargs)
@@ -128,42 +153,93 @@ class Gates(Gating):
         own, total, expected = self._own, pi.new_zeros(()), {1: expected_l1, 2: expected_l2}[order]
         for site, span in zip(self.sites, self._span, strict=True):
             for part in site.scaled[:1]:
-                total = total + expected(pi[span].view(_along(part.dim, own[part.parameter])), own[part.parameter])
+                total = total + expected(pi[span].view(along(part.dim, own[part.parameter])), own[part.parameter])
         return total
+
+    @torch.no_grad()
+    def expected_macs(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, training: bool = False
+    ) -> float:
+        """Expected MACs of one forward pass with drawn gates, closed units left out, as a share of the full network's.
+
+        ``args`` and ``kwargs`` are an example input. ``training``: of all passes of a training step, two for "arm"
+        and "disarm" (Figure 3 of the paper). A layer's share is the mean over its weights of the probability that
+        both their units are open, gates being drawn alone; all that is not gated counts in full.
+        """
+        weights = {name.rpartition(".")[0]: name for name, _ in self.narrowing.index if self._own[name].ndim > 1}
+        found, pi = layer_macs(self.model, weights, args, kwargs), self.probabilities()
+        saved = sum(found[layer] * (1.0 - self.narrowing.expected_share(name, pi)) for layer, name in weights.items())
+        passes = 2 if training and self.estimator in ("arm", "disarm") else 1
+        return passes * (1.0 - saved / max(found[""], 1))
 
     # After training.
 
     def solution(self, space: SearchSpace) -> Solution:
         """What stays: masks of the closed units; ``space`` is the model's search space, of any level."""
+        self._need_check()
         made = space.solution((), {"method": f"L0-{self.estimator.upper()}", "open": self.open_counts()})
         return Solution(made.removed, made.fingerprint, self.masks(), made.provenance)
 
     def masks(self) -> dict[str, Tensor]:
         """Boolean masks of the parameters that closed units of layers leave, by parameter name."""
-        own = self._own
-        is_open = self.expected().detach() > 0
-        masks: dict[str, Tensor] = {}
-        for (name, dim), which in self.narrowing.index.items():
-            mask = masks.setdefault(name, torch.ones_like(own[name], dtype=torch.bool))
-            for gates in which:
-                mask &= is_open[gates].view(_along(dim, mask))
-        return masks
+        self._need_check()
+        return masks(self.narrowing, self._own, self.expected().detach() > 0)
+
+    def folded(self) -> dict[str, Tensor]:
+        """The gated layers' parameters with kept gates folded in and closed units at zero, by parameter name."""
+        self._need_check()
+        if self._finished:
+            raise TrainingError("these gates are folded into the model already (finish): once is enough.")
+        return folded(self.sites, self.narrowing, self._own, self.expected().detach())
 
     @torch.no_grad()
     def finish(self) -> nn.Module:
-        """Fold kept gates into the model's parameters, put closed ones at zero, take the hooks off; returns
-        the model.
+        """Fold kept gates into the model's parameters, put closed ones at zero, take the hooks off; returns the
+        model. A second call changes nothing.
         """
-        own = self._own
-        for site, gate in zip(self.sites, self.expected().split(self.counts), strict=True):
-            for part in site.scaled:
-                weight = own[part.parameter]
-                weight.mul_((gate if part.owner is None else gate[part.owner]).view(_along(part.dim, weight)))
-        for name, mask in self.masks().items():
-            own[name].mul_(mask)
+        if self._finished:
+            return self.model
+        for name, value in self.folded().items():
+            self._own[name].copy_(value)
         for hook in self._hooks:
             hook.remove()
+        self._finished = True
         return self.model
+
+    # Inside.
+
+    def _need_check(self) -> None:
+        if not self._checked:
+            raise TrainingError(
+                "what lies between the gated layers is not known yet: call gates(x) once, with any input, before this."
+            )
+
+    def need_narrow(self) -> None:
+        """Raises :class:`TrainingError` where the network cannot do without its closed units' slices."""
+        if self._not_narrow:
+            raise TrainingError(self._not_narrow)
+
+    def _check(self, args: Any, kwargs: Any) -> None:
+        """Try out, once, what every site says, on this input; in eval mode, and nothing of the model changes."""
+        outside, kind = self._z, self.phi.device.type
+        if torch.is_autocast_enabled(kind):
+            first = next(self.model.parameters()).dtype
+            args, kwargs = pytree.tree_map_only(
+                Tensor, lambda t: t.to(first) if t.is_floating_point() else t, (args, kwargs)
+            )
+
+        def run(z: Tensor, own: Mapping[str, Tensor], kept: Mapping[tuple[str, int], Tensor] | None = None) -> Any:
+            self._z, self._kept = z, kept
+            with same_noise(self.model):
+                return functional_call(self.model, dict(own), args, dict(kwargs))
+
+        try:
+            with torch.no_grad(), evaluating(self.model), torch.autocast(kind, enabled=False):
+                faults = try_sites(self.model, self.sites, self.narrowing, self.phi, run)
+        finally:
+            self._z, self._kept = outside, None
+        if faults is not None:
+            self._checked, self._not_narrow = True, next(iter(faults), "")
 
     def _collect(self) -> None:
         for part in self._parts:
@@ -171,24 +247,23 @@ class Gates(Gating):
         self._parts.clear()
 
     @torch.no_grad()
-    def _shrink(self, pi: Tensor, scale: float) -> Tensor:
+    def _shrink(self, pi: Tensor, scale: Tensor) -> Tensor:
         """The penalty's gradient, cheaper than by autograd: added to the weights', returned for π."""
         of_pi = self._buffers["_cost"].clone()  # type: ignore[union-attr]
         if self.l1:
             return super()._shrink(pi, scale)
         if not self.weight_decay:
             return of_pi
-        own = self._own
+        own, decay = self._own, pi * self.weight_decay * scale
         for site, span in zip(self.sites, self._span, strict=True):
             for part in site.scaled[:1]:
                 weight = own[part.parameter]
                 others = [d for d in range(weight.ndim) if d != part.dim]
                 of_pi[span] += 0.5 * self.weight_decay * weight.square().sum(others)
                 if weight.requires_grad:
-                    decay = pi[span].to(weight.dtype).view(_along(part.dim, weight)) * (self.weight_decay * scale)
                     if weight.grad is None:
                         weight.grad = torch.zeros_like(weight)
-                    weight.grad.addcmul_(weight, decay)
+                    weight.grad.addcmul_(weight, decay[span].to(weight.dtype).view(along(part.dim, weight)))
         return of_pi
 
     def _attach(self, index: int, site: Site) -> Any:
@@ -225,8 +300,3 @@ class Gates(Gating):
             return output if z is None else output * z
 
         return layer.register_forward_pre_hook(before) if site.side == "input" else layer.register_forward_hook(after)
-
-
-def _along(dim: int | None, weight: Tensor) -> list[int]:
-    """The shape of one number per index of ``dim`` that broadcasts against the weight."""
-    return [-1 if d == dim else 1 for d in range(weight.ndim)]

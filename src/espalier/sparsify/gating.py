@@ -1,20 +1,23 @@
 """What all gates share: their parameters φ, the estimators, and the training step (section 3 of L0-ARM)."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import TrainingError
 from espalier.sparsify.estimators import ESTIMATORS, draw, gradient
+from espalier.sparsify.finite import Watch
 from espalier.sparsify.foreach import flattened
 from espalier.sparsify.hard_concrete import HardConcrete
 from espalier.sparsify.passes import frozen_statistics, same_noise
 from espalier.sparsify.penalty import expected_l0
 from espalier.sparsify.probability import Probability, Sigmoid, draw_phi
-from espalier.sparsify.threshold import histogram_threshold
+from espalier.sparsify.threshold import checked_threshold, histogram_threshold
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,34 @@ class Gating(nn.Module):
         self.threshold, self.reference = options.threshold, options.reference
         self._generator = torch.Generator().manual_seed(options.seed)
         pi = self._spread(options.initial, "initial")
-        if bool(((pi <= 0) | (pi >= 1)).any()):
+        if not bool(((pi > 0) & (pi < 1)).all()):
             raise TrainingError("initial: probabilities lie strictly between 0 and 1.")
         if self.estimator == "hc":
             phi = torch.logit(pi) + torch.randn(len(pi), generator=self._generator) * 0.01
         else:
             phi = draw_phi(self.g, pi, self._generator)
         lam = self._spread(options.lam, "lam")
-        if bool((lam < 0).any()) or options.examples < 1:
-            raise TrainingError("lam is at least 0, and examples, the number of training examples, at least 1.")
-        if self.weight_decay < 0 or self.l1 < 0:
-            raise TrainingError("weight_decay and l1 are at least 0.")
+        if not bool(((lam >= 0) & (lam < math.inf)).all()) or not 1 <= options.examples < math.inf:
+            raise TrainingError(
+                "lam is at least 0, and examples, the number of training examples, at least 1; both are finite."
+            )
+        if not (0 <= self.weight_decay < math.inf and 0 <= self.l1 < math.inf):
+            raise TrainingError(f"weight_decay and l1 are at least 0 and finite, not {self.weight_decay}, {self.l1}.")
         device = next(model.parameters()).device
         self.phi = nn.Parameter(phi.to(device))
         self.register_buffer("_cost", (lam * sizes / options.examples).to(phi.dtype).to(device), persistent=False)
         self._z: Tensor | None = None
+        self._watch = Watch()
+        self._finished = False
+
+    @property
+    def threshold(self) -> float | str:
+        """τ of Eq. (14), in [0, 1), or "histogram"."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float | str) -> None:
+        self._threshold = checked_threshold(value)
 
     @property
     def model(self) -> nn.Module:
@@ -121,14 +137,19 @@ class Gating(nn.Module):
         no penalty).
 
         ``loss`` runs the model through ``gates(x)`` and returns the batch's mean loss, or with ``per_sample``
-        one loss per example [B], B = ``batch_size``. Under ``torch.distributed`` all gradients are averaged over
-        ranks, which draw the same gates. Raises :class:`TrainingError` for a loss that is not finite or misshapen.
+        one loss per example [B], B = ``batch_size``. With a ``scaler`` all gradients are scaled, for
+        ``scaler.unscale_(opt)`` and ``scaler.step(opt)`` to follow. Under ``torch.distributed`` all gradients are
+        averaged over ranks, which draw the same gates (``per_sample``: the same for their first, second, ... example).
+
+        Raises :class:`TrainingError` for a misshapen loss, one that nothing trainable depends on, and for losses (of
+        either pass, on any rank: then on all) or gradients that are not finite; with an enabled scaler gradients are
+        its business. On an accelerator, which the step does not wait for, what is not finite is raised two steps later.
         """
+        if self._finished:
+            raise TrainingError("these gates are folded into the model (finish): there is nothing left to train.")
         if self.per_sample and not batch_size:
             raise TrainingError("per_sample=True: give backward() the batch_size.")
-        shape = (batch_size, len(self.phi)) if self.per_sample else (len(self.phi),)
-        u = torch.rand(shape, generator=self._generator).to(self.phi.device)  # type: ignore[arg-type]
-        partner = None
+        u, partner = self._noise(batch_size), None
         if self.estimator == "hc":
             f = self._evaluate(loss, self.concrete.sample(self.phi, u))
         else:
@@ -138,22 +159,23 @@ class Gating(nn.Module):
                 with torch.no_grad(), same_noise(self.model), frozen_statistics(self.model):
                     partner = self._evaluate(loss, opposite)
             f = self._evaluate(loss, z)
-        mean = f.mean()
-        if mean.device.type == "cpu" and not bool(torch.isfinite(mean.detach())):
-            raise TrainingError(f"the loss is {float(mean.detach())}: lower the learning rate or clip the gradients.")
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        torch.autograd.backward(mean, torch.full_like(mean, scale))
+        if not f.requires_grad:
+            raise TrainingError(self._why_no_gradient())
+        mean, scale = f.mean(), torch.ones((), device=f.device)
+        if scaler is not None:
+            scale = scaler.scale(scale)
+        torch.autograd.backward(mean * scale)
         self._collect()
         pi = self.probabilities()
         torch.autograd.backward(pi, scale * self._shrink(pi.detach(), scale))
-        if self.estimator != "hc":
-            with torch.no_grad():
+        with torch.no_grad():
+            if self.estimator != "hc":
                 estimate = gradient(self.estimator, f.detach(), partner, u, self.phi, self.g, self.reference)
                 assert self.phi.grad is not None
                 self.phi.grad += estimate * scale
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _average([p.grad for p in (self.phi, *self.model.parameters()) if p.grad is not None])
-        return f.detach().mean()
+            both = mean.detach() if partner is None else mean.detach() + partner.mean()
+            self._exchange(both, scaled=scaler is not None and scaler.is_enabled())
+        return mean.detach()
 
     def clamp_(self) -> None:
         """After the optimizer's step, for "hc": keep log α in the authors' range."""
@@ -161,14 +183,55 @@ class Gating(nn.Module):
             with torch.no_grad():
                 self.concrete.clamp_(self.phi)
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """The random numbers' state, so that a resumed run draws the same gates."""
-        return {"generator": self._generator.get_state()}
+    def get_extra_state(self) -> dict[str, Any]:
+        """The random numbers' state, so that a resumed run draws the same gates, and what φ means."""
+        return {"generator": self._generator.get_state(), "gate": self._gate}
 
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        saved = state.get("gate", self._gate)
+        if saved != self._gate:
+            raise TrainingError(
+                f"this state is of gates whose π is {saved}, and these are {self._gate}: make the gates with the same "
+                "estimator and g."
+            )
         self._generator.set_state(state["generator"])
 
     # Inside.
+
+    @property
+    def _gate(self) -> str:
+        """How φ is read."""
+        return "hard concrete" if self.estimator == "hc" else f"{type(self.g).__name__}(k={self.g.k})"
+
+    def _noise(self, batch_size: int | None) -> Tensor:
+        """Uniform noise [V], or with ``per_sample`` [B, V]; either takes as much of the generator, whatever B is."""
+        if not self.per_sample:
+            return torch.rand(len(self.phi), generator=self._generator).to(self.phi.device)
+        seed = int(torch.randint(2**62, (), generator=self._generator))
+        own = torch.Generator().manual_seed(seed)
+        return torch.rand((batch_size or 0, len(self.phi)), generator=own).to(self.phi.device)
+
+    def _why_no_gradient(self) -> str:
+        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        if frozen:
+            return (
+                f"nothing trainable is left in the loss: '{frozen[0]}' is frozen (requires_grad=False). Gates are "
+                "trained with their network: set requires_grad_(True), or stop calling backward()."
+            )
+        return "the loss has no gradient: return it as the model gives it, not detached, and not under torch.no_grad()."
+
+    def _exchange(self, loss: Tensor, scaled: bool) -> None:
+        """Average gradients over ranks, and see that all is finite."""
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        if self.phi.grad is not None:
+            gradients["phi"] = self.phi.grad
+        self._watch.lag = 0 if loss.device.type == "cpu" else 2
+        own = float(loss) if self._watch.lag == 0 else None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            loss = loss.reshape(1).to(self.phi.dtype, copy=True)
+            _average([loss, *gradients.values()])
+            loss = loss[0]
+        self._watch.see(loss, {} if scaled else gradients, own)
 
     def _collect(self) -> None:
         """Bring gradients that the backward pass left elsewhere to the model's parameters."""
@@ -182,7 +245,7 @@ class Gating(nn.Module):
             total = total + 0.5 * self.weight_decay * self.expected_norm(pi, 2)
         return total
 
-    def _shrink(self, pi: Tensor, scale: float) -> Tensor:
+    def _shrink(self, pi: Tensor, scale: Tensor) -> Tensor:
         """The penalty's gradient: times ``scale`` added to the weights', returned for π."""
         of_pi = self._buffers["_cost"].clone()  # type: ignore[union-attr]
         if not self.weight_decay and not self.l1:
@@ -194,7 +257,7 @@ class Gating(nn.Module):
         for_pi, *for_own = torch.autograd.grad(norms, [pi, *own], allow_unused=True)
         for p, found in zip(own, for_own, strict=True):
             if found is not None:
-                p.grad = found * scale if p.grad is None else p.grad.add_(found, alpha=scale)
+                p.grad = found * scale if p.grad is None else p.grad.addcmul_(found, scale)
         return of_pi + for_pi
 
     def _spread(self, value: float | Mapping[str, float], what: str) -> Tensor:

@@ -12,25 +12,47 @@ from espalier.graph.lift import stack_of
 from espalier.graph.module import graph_module
 from espalier.graph.trace import root_for
 from espalier.space.search_space import SearchSpace
+from espalier.space.solution import Solution
+from espalier.sparsify.arguments import Arguments
 
 aten = torch.ops.aten
 
 
-def statistics_over_open(space: SearchSpace, is_open: Callable[[], Tensor]) -> nn.Module | None:
-    """The traced network, over the model's own parameters; None where no norm averages over a gated axis.
+def over_what_stays(space: SearchSpace, solution: Solution) -> nn.Module:
+    """What computes as the sub-network of a solution will, over the full model's own parameters.
 
-    ``is_open()`` gives one bool per structure of the space, with a last entry that is always true.
+    >>> from espalier import construct, search_space
+    >>> model, x = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)), torch.randn(3, 4)
+    >>> space = search_space(model, x, levels=("channel",))
+    >>> solution = space.solution(["0[0]", "0[5]"])
+    >>> model.load_state_dict(space.zero_parameters(solution).state_dict())
+    <All keys matched successfully>
+    >>> torch.allclose(over_what_stays(space, solution)(x), construct(space, solution)(x), atol=1e-6)
+    True
+
+    A model whose removed structures are at zero computes that already, unless a norm or a mean goes over one of the
+    removed axes: it counts the zeros, and the sub-network does not. So after any method that leaves zeros in the model
+    (``SpaceGates.finish``, ``ProxSGD.snap``, H2SPG), this is what to evaluate. It is the model itself where there is
+    no such norm, else the traced network, whose norms and means take their statistics over what stays.
+
+    It shares the model's parameters, so that unlike ``space.masked`` it copies nothing and puts nothing at zero. The
+    traced network takes the arguments that the space was made with, at any batch size; others raise
+    :class:`TrainingError`, as does another operator that averages over such an axis. Raises
+    :class:`InvalidSolution` for a solution of another space.
     """
-    gate_of = _gate_of_component(space)
-    affected: dict[fx.Node, dict[int, Tensor]] = {}
-    for node, dims in space.axes.statistics.items():
-        labels = space.axes.labels.get(node.all_input_nodes[0])
-        if labels is None or gate_of is None:
-            continue
-        gates = {d: gate_of[torch.from_numpy(labels[d])] for d in dims if labels[d] is not None}
-        gates = {d: g for d, g in gates.items() if bool((g != len(space)).any())}
-        if gates:
-            affected[node] = gates
+    space.check(solution)
+    stays = torch.ones(len(space) + 1, dtype=torch.bool, device=next(space.model.parameters()).device)
+    stays[[space.position(name) for name in solution.removed]] = False
+    network = statistics_over_open(space, ~stays.cpu(), lambda: stays)
+    return space.model if network is None else network
+
+
+def statistics_over_open(space: SearchSpace, closable: Tensor, is_open: Callable[[], Tensor]) -> fx.GraphModule | None:
+    """The traced network, over the model's own parameters; None where no norm averages over an axis that may close.
+
+    ``closable`` and ``is_open()`` have one bool per structure of the space, and a last one: false, and true.
+    """
+    affected = _affected(space, closable)
     if not affected:
         return None
     graph, new = fx.Graph(), {}
@@ -39,6 +61,8 @@ def statistics_over_open(space: SearchSpace, is_open: Callable[[], Tensor]) -> n
     for node in space.trace.graph.nodes:
         if node not in affected:
             new[node] = graph.node_copy(node, lambda n: new[n])
+            if node.target is aten.sym_size.int:
+                new[node].target = size_of  # the operator has no rule for vmap
             continue
         name = f"{node.name}_over_open"
         layer = root.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -52,11 +76,42 @@ def statistics_over_open(space: SearchSpace, is_open: Callable[[], Tensor]) -> n
         new[node] = graph.call_module(name, (new[node.all_input_nodes[0]], *affine))
     made = graph_module(root, graph, type(space.model).__name__)
     made.training = space.model.training
+    bound = Arguments(
+        space.trace,
+        f"'{averages(space, closable)[0]}' averages over channels that close, and then the network runs as traced",
+    )
+    made.register_forward_pre_hook(lambda _, args, kwargs: bound.call(args, kwargs), with_kwargs=True)
     return made
 
 
-def _gate_of_component(space: SearchSpace) -> Tensor | None:
-    """Component → structure, ``len(space)`` for what no gate closes."""
+def averages(space: SearchSpace, closable: Tensor) -> list[str]:
+    """Dotted paths of the modules that average over an axis that may close."""
+    stacks = [stack_of(node)[-1:] for node in _affected(space, closable)]
+    return list(dict.fromkeys(".".join(path for _, path in stack) or "<root>" for stack in stacks))
+
+
+def size_of(x: Tensor, dim: int) -> int:
+    """``x.shape[dim]``."""
+    return x.shape[dim]
+
+
+def _affected(space: SearchSpace, closable: Tensor) -> dict[fx.Node, dict[int, Tensor]]:
+    """Norm or mean → axis → the structure of each index, ``len(space)`` for what cannot close."""
+    found: dict[fx.Node, dict[int, Tensor]] = {}
+    structure_of = _structure_of_component(space)
+    for node, dims in space.axes.statistics.items():
+        labels = space.axes.labels.get(node.all_input_nodes[0])
+        if labels is None or structure_of is None:
+            continue
+        own = {d: structure_of[torch.from_numpy(labels[d])] for d in dims if labels[d] is not None}
+        own = {d: torch.where(closable[s], s, len(space)) for d, s in own.items() if bool(closable[s].any())}
+        if own:
+            found[node] = own
+    return found
+
+
+def _structure_of_component(space: SearchSpace) -> Tensor | None:
+    """Component → structure, ``len(space)`` for what no structure holds."""
     pairs = [
         (torch.from_numpy(f.components), int(at))
         for f, at in zip(space.families, space.structures.offsets, strict=False)
@@ -67,10 +122,10 @@ def _gate_of_component(space: SearchSpace) -> Tensor | None:
     labelled = [int(a.max()) for n in space.axes.statistics for a in space.axes.labels.get(n.all_input_nodes[0], [])
                 if a is not None]  # fmt: skip
     count = 1 + max([*(int(c.max()) for c, _ in pairs), *labelled])
-    gate = torch.full((count,), len(space))
+    structure = torch.full((count,), len(space))
     for components, at in pairs:
-        gate[components] = torch.arange(len(components)) + at
-    return gate
+        structure[components] = torch.arange(len(components)) + at
+    return structure
 
 
 Formula = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
@@ -85,9 +140,11 @@ class _OverOpen(nn.Module):
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         is_open, mask = self.is_open(), torch.ones((), dtype=x.dtype, device=x.device)
         for dim, gates in self.gates.items():
+            if gates.device != is_open.device:
+                gates = self.gates[dim] = gates.to(is_open.device)  # once
             shape = [1] * self.ndim
             shape[dim] = -1
-            mask = mask * is_open[gates.to(is_open.device)].to(x.dtype).view(shape)
+            mask = mask * is_open[gates].to(x).view(shape)
         return self.formula(x, mask, weight, bias)
 
 

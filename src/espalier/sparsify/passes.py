@@ -9,9 +9,21 @@ from torch import nn
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms keep their mode, but leave their running statistics alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    """Normalisations keep their mode, but afterwards every buffer of the model is as it was.
+
+    Batch norms leave their running statistics alone, which costs nothing; other buffers are copied and put back.
+    """
+    modules = list(model.modules())
+    norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     before = [m.track_running_stats for m in norms]
+    known = {id(m) for m in norms}
+    saved = [
+        (m, name, b, b.clone())
+        for m in modules
+        if m._buffers and id(m) not in known
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
     for m in norms:
         m.track_running_stats = False
     try:
@@ -19,6 +31,9 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for m, tracked in zip(norms, before, strict=True):
             m.track_running_stats = tracked
+        for m, name, b, copy in saved:
+            b.data.copy_(copy)  # unconditionally: functional norms write without counting up the version
+            m._buffers[name] = b
 
 
 @contextmanager

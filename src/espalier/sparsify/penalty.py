@@ -1,4 +1,8 @@
-"""Expected norms of gated parameters ``θ = θ̃ z`` with ``z ~ Ber(π)`` (Eqs. 15 to 18 of L0-ARM)."""
+"""Expected norms of gated parameters ``θ = θ̃ z`` with ``z ~ Ber(π)`` (Eqs. 15 to 18 of L0-ARM).
+
+Exact for binary gates. For hard concrete gates, which lie between 0 and 1, π = P(z ≠ 0) gives ``E|θ|₀`` exactly, but
+``E|θ|`` and ``E|θ|²`` only from above, as Louizos et al. (2018) use them: E z² <= E z <= P(z ≠ 0).
+"""
 
 from torch import Tensor
 

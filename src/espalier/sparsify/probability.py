@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from espalier.errors import TrainingError
+
 
 class Probability(Protocol):
     """Antithetic: ``g(-φ) = 1 - g(φ)``. ``k`` is the slope's factor."""
@@ -36,6 +38,9 @@ class Sigmoid:
 
     k: float = 7.0
 
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+
     def __call__(self, phi: Tensor) -> Tensor:
         return torch.sigmoid(self.k * phi)
 
@@ -56,6 +61,9 @@ class HardSigmoid:
 
     k: float = 7.0
 
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+
     def __call__(self, phi: Tensor) -> Tensor:
         return (phi * (self.k / 7.0) + 0.5).clamp(0.0, 1.0)
 
@@ -67,6 +75,11 @@ class HardSigmoid:
         inside = (pi > 0.0) & (pi < 1.0)
         variance = torch.where(inside, pi * (1.0 - pi), 1.0)
         return torch.where(inside, (self.k / 7.0) / variance, 0.0)
+
+
+def _check_k(k: float) -> None:
+    if not 0.0 < k < math.inf:
+        raise TrainingError(f"k, the slope of g, is above 0 and finite, not {k}.")
 
 
 def draw_phi(g: Probability, pi: Tensor, generator: torch.Generator | None = None, spread: float = 0.01) -> Tensor:

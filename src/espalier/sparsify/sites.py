@@ -38,15 +38,15 @@ def input_gates(model: nn.Module, layer: str, producer: str | None = None, name:
     >>> input_gates(model, "2", producer="0").count
     3
 
-    ``producer`` is the layer whose outputs these are, with nothing but elementwise operations (or pooling)
-    between: its rows then go with the gates. Without one, the layer alone narrows. Raises
-    :class:`TrainingError` for a layer that does not exist, has no weight, is frozen or does not fit its
-    producer.
+    ``producer`` is the layer whose outputs these are, read by this layer alone, with nothing between but
+    operations on each unit by itself (activations, dropout, pooling): its rows then go with the gates.
+    Without one, the layer alone narrows. The first ``gates(x)`` tries this out, and refuses where it does not hold.
+    Raises :class:`TrainingError` for a layer that does not exist, is not linear or convolutional, has no weight of
+    its own, is frozen or does not fit its producer.
     """
     target, weight = _weight(model, layer)
     count = weight.shape[1]
-    if getattr(target, "groups", 1) != 1:
-        raise TrainingError(f"'{layer}' is a grouped convolution: its inputs cannot be gated one by one.")
+    _check_ungrouped(target, layer)
     owner = torch.arange(count)
     scaled = (Slices(f"{layer}.weight", 1, owner),)
     above = ()
@@ -71,8 +71,10 @@ def output_gates(model: nn.Module, layer: str, consumers: Sequence[str] = (), na
     >>> output_gates(model, "0", consumers=["2"]).slices[-1].owner[:6].tolist()
     [0, 0, 0, 0, 1, 1]
 
-    ``consumers`` are the layers that read them: their columns go too, a block of equal size per channel where
-    the channels are flattened. Raises :class:`TrainingError` as :func:`input_gates` does.
+    ``consumers`` are all layers that read them, with nothing between but operations that keep a zero unit zero
+    (ReLU, tanh, GELU, dropout, pooling; no norm, sigmoid or residual addition): their columns go too, a block of equal
+    size per channel where the channels are flattened. Without any, the network keeps its shape (no ``sliced``, no
+    conditional computation). Raises :class:`TrainingError` as :func:`input_gates` does.
     """
     _, weight = _weight(model, layer)
     count = weight.shape[0]
@@ -80,7 +82,8 @@ def output_gates(model: nn.Module, layer: str, consumers: Sequence[str] = (), na
     own = _rows(model, layer, owner)
     below = []
     for consumer in consumers:
-        _, other = _weight(model, consumer)
+        reader, other = _weight(model, consumer)
+        _check_ungrouped(reader, consumer)
         block, rest = divmod(other.shape[1], count)
         if rest:
             raise TrainingError(
@@ -101,15 +104,26 @@ def _rows(model: nn.Module, layer: str, owner: torch.Tensor) -> tuple[Slices, ..
     )
 
 
+def _check_ungrouped(layer: nn.Module, name: str) -> None:
+    if getattr(layer, "groups", 1) != 1:
+        raise TrainingError(f"'{name}' is a grouped convolution: its inputs cannot be gated one by one.")
+
+
 def _weight(model: nn.Module, layer: str) -> tuple[nn.Module, torch.Tensor]:
     modules = dict(model.named_modules())
     if layer not in modules:
         raise TrainingError(f"no layer is called '{layer}'; there are: {', '.join(n for n in modules if n)}.")
-    weight = getattr(modules[layer], "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim < 2:
+    target = modules[layer]
+    if not isinstance(target, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         raise TrainingError(
-            f"'{layer}' is a {type(modules[layer]).__name__}: gates sit on linear and convolutional layers."
+            f"'{layer}' is a {type(target).__name__}: gates sit on linear and (not transposed) convolutional layers."
+        )
+    weight = dict(model.named_parameters()).get(f"{layer}.weight")
+    if weight is None:
+        raise TrainingError(
+            f"'{layer}' has no weight of its own: it is computed (weight or spectral norm) or shared with a layer "
+            "before it. Take SpaceGates over a search space."
         )
     if not weight.requires_grad:
         raise TrainingError(f"'{layer}' is frozen (requires_grad=False): gates on it would have nothing to train with.")
-    return modules[layer], weight
+    return target, weight

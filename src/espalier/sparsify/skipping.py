@@ -1,15 +1,17 @@
 """Conditional computation for segments: one whose gate is 0 is not computed, its constant takes its place."""
 
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from espalier.graph.constants import hint
 from espalier.space.search_space import SearchSpace
+from espalier.space.structure import Family
+from espalier.sparsify.arguments import Arguments
 
 
 class Skipping:
@@ -29,7 +31,9 @@ class Skipping:
     True
 
     ``run(closed, parameters, args, kwargs)``: ``closed`` are names of structures, ``parameters`` take the place of the
-    network's own, by name.
+    network's own, by name. ``args`` and ``kwargs`` are those that the space was made with, by whatever order and
+    keyword, at any batch size: others raise :class:`TrainingError` (see :class:`Arguments`). ``names`` are the
+    structures that it can leave out: the segments whose value has no free size but the batch's.
     """
 
     def __init__(self, space: SearchSpace):
@@ -42,12 +46,48 @@ class Skipping:
                 nodes: dict[fx.Node, Any] = {n: None for i in family.segments for n in space.graph[i].nodes}
                 nodes |= {end: space.constant(i) for end, i in zip(ends, family.segments, strict=True)}
                 self._nodes[family.name] = nodes
+        self.names = frozenset(self._nodes)
+        self._arguments = Arguments(space.trace, "conditional=True runs the network as traced")
 
     def __call__(self, closed: Collection[str], parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
         skipped = {node: value for name in closed for node, value in self._nodes.get(name, {}).items()}
         self._network.training = self.space.model.training
         named = {f"network.{name}": tensor for name, tensor in parameters.items()}
-        return functional_call(self._network, named, (skipped, pytree.tree_leaves((args, kwargs))))
+        return functional_call(self._network, named, (skipped, self._arguments.leaves(args, kwargs)))
+
+
+def skipping_of(
+    space: SearchSpace, families: Sequence[Family], averages: Sequence[str] = (), per_sample: bool = False
+) -> Skipping | None:
+    """What leaves out the closed segments of these gated families; None where nothing can be left out.
+
+    ``averages`` are modules that average over gated channels. Warns of the families that it does not reach, and why.
+    """
+    segments = [f.name for f in families if f.segments]
+    why, run = "their output has other free sizes than the batch", None
+    if per_sample:
+        why = "with per_sample=True only some examples close them"
+    elif averages:
+        why = f"'{averages[0]}' averages over gated channels: gate levels=('segment',) alone"
+    elif segments:
+        run = Skipping(space)
+    left: dict[str, list[str]] = {}
+    for family in families:
+        if run is None or family.name not in run.names:
+            left.setdefault(f"segment: {why}" if family.segments else family.level, []).append(family.name)
+    if left:
+        listed = "; ".join(f"{_listed(names)} ({reason})" for reason, names in left.items())
+        warnings.warn(
+            "conditional=True leaves closed segments out of the computation; a closed gate of these families "
+            f"multiplies by 0 and saves nothing: {listed}.",
+            stacklevel=3,
+        )
+    return run if run is not None and run.names else None
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 class _Network(nn.Module):
@@ -84,8 +124,8 @@ def _batch_only(node: fx.Node) -> bool:
     value = node.meta["val"]
     if not isinstance(value, Tensor) or any(isinstance(s, torch.SymInt) for s in value.shape[1:]):
         return False
-    first = next((n for n in node.graph.nodes if n.op == "placeholder"), None)
-    given = first.meta["val"] if first is not None else None
-    if not isinstance(given, Tensor) or not value.ndim or not given.ndim:
+    inputs = [n.meta.get("val") for n in node.graph.nodes if n.op == "placeholder"]
+    given = next((v for v in inputs if isinstance(v, Tensor) and v.ndim), None)
+    if given is None or not value.ndim:
         return False
     return not isinstance(value.shape[0], torch.SymInt) or hint(value.shape[0]) == hint(given.shape[0])

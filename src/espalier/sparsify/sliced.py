@@ -2,7 +2,6 @@
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from espalier.errors import TrainingError
@@ -26,38 +25,35 @@ def sliced(gates: Gates) -> nn.Module:
     """A copy of the gated network without its closed units, kept gates folded into the weights (Eqs. 13 and
     14).
 
+    >>> import torch
     >>> from espalier.sparsify import input_gates
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> gates = Gates(model, [input_gates(model, "2", producer="0")], initial=0.5, seed=1)
+    >>> _ = gates(torch.randn(3, 4))
     >>> small = sliced(gates)
     >>> small[0].out_features == small[2].in_features == gates.open_counts()["2"]
     True
 
     Its output equals the gated network's in eval mode. Where features must be picked from an input that no
     layer narrows (the network's own input, a flattened image), a ``Select`` stands before the layer.
-    Structure
-    gates are not sliced: use ``finish`` and ``construct``. Raises :class:`TrainingError` if a layer keeps no
-        unit.
+    Structure gates are not sliced: use ``finish`` and ``construct``. Raises :class:`TrainingError` if a layer keeps
+    no unit, if other layers than those named by the sites read the gated units, and before the first ``gates(x)``.
     """
-    value = gates.expected().detach()
-    is_open = value > 0
+    folded = gates.folded()
+    gates.need_narrow()
+    is_open = gates.expected().detach() > 0
     kept = gates.narrowing.kept(is_open)
     empty = [name for (name, _), index in kept.items() if len(index) == 0]
     if empty:
         raise TrainingError(f"'{empty[0]}' keeps no unit at all: the network's output no longer depends on its input.")
     small = _without_hooks(gates)
-    scale = {name: torch.ones_like(p) for name, p in small.named_parameters()}
-    for site, gate in zip(gates.sites, gates.by_site(value).values(), strict=True):
-        for part in site.scaled:
-            if part.owner is not None and part.dim is not None:
-                shape = [1] * scale[part.parameter].ndim
-                shape[part.dim] = -1
-                scale[part.parameter] *= gate[part.owner].view(shape)
     for path in dict.fromkeys(name.rpartition(".")[0] for name, _ in kept):
         layer = small.get_submodule(path)
-        for name, p in list(layer.named_parameters(recurse=False)):
+        for name, _ in list(layer.named_parameters(recurse=False)):
             full = f"{path}.{name}"
-            narrow = p.detach() * scale[full]
+            if full not in folded:
+                continue
+            narrow = folded[full]
             for dim in (0, 1):
                 if (full, dim) in kept:
                     narrow = narrow.index_select(dim, kept[full, dim])

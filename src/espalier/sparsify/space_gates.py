@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.utils import _pytree as pytree
+from torch.func import functional_call
 
 from espalier.errors import SpaceError, TrainingError
 from espalier.space.search_space import SearchSpace
@@ -15,10 +14,11 @@ from espalier.space.solution import Solution
 from espalier.space.structure import Family, Slices
 from espalier.sparsify import foreach
 from espalier.sparsify.gating import Gating, Options
-from espalier.sparsify.over_open import statistics_over_open
+from espalier.sparsify.over_open import averages, over_what_stays, statistics_over_open
+from espalier.sparsify.per_sample import PerSample
 from espalier.sparsify.probability import Probability
 from espalier.sparsify.scaling import elements, scaled_slices
-from espalier.sparsify.skipping import Skipping
+from espalier.sparsify.skipping import skipping_of
 
 
 class SpaceGates(Gating):
@@ -50,9 +50,14 @@ class SpaceGates(Gating):
         levels: the levels to gate, of the space's, or "weight": one gate per element of every linear and
             convolutional weight (of ``weights`` alone, where these names of parameters are given).
         families: names of the space's families to gate; by default all of these levels.
-        per_sample: a draw for each example, by ``torch.func.vmap``: every input has the batch first, and batch
-            norms are in eval mode.
-        conditional: segments whose gate is 0 are not computed (unless a norm over gated channels asks for all).
+        per_sample: a draw for each example, by ``torch.func.vmap`` (where it cannot run the model, a warning says so
+            and each example is a pass of its own): every input has the batch first, and batch norms are in eval mode.
+        conditional: segments whose gate is 0 are not computed. Gates of all other levels multiply; so do those of
+            segments with ``per_sample`` and beside gated channels that a norm averages over: a warning names them.
+
+    With ``conditional``, and where a norm or a mean goes over gated channels, the network runs as traced: it takes
+    the arguments that the space was made with, with their sizes, at any batch size. Others, say ``labels`` or another
+    length of sequence, raise :class:`TrainingError`: make the space with them.
 
     All other arguments are those of :class:`Gates`. Raises :class:`TrainingError` for frozen parameters, and where
     an operator averages over a gated axis in a way that gates do not know.
@@ -91,8 +96,6 @@ class SpaceGates(Gating):
         self.space, self.families = space, self_families
         device, total = self.phi.device, sum(counts)
         self._every, self._scaled = _Factors(model, every, total, device), _Factors(model, scaled, total, device)
-        self._open: Tensor | None = None
-        self._resolved: tuple[Any, Tensor] | None = None
         place = {f.name: k for k, f in enumerate(space.families)}
         self._starts = starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
         self._structures = [  # first gate, first structure, count
@@ -100,21 +103,34 @@ class SpaceGates(Gating):
             for k, f in enumerate(self_families)
             if f.level != "weight"
         ]
-        self._graph = [statistics_over_open(space, self._open_structures)]
-        self._skipping = Skipping(space) if conditional and self._graph[0] is None else None
+        gate_of = torch.full((len(space) + 1,), total)  # structure → gate; total, where none closes it
+        for gate, structure, count in self._structures:
+            gate_of[structure : structure + count] = torch.arange(gate, gate + count)
+        self._gate_of, self._open = gate_of.to(device), torch.ones(len(space) + 1, dtype=torch.bool, device=device)
+        norms = averages(space, gate_of < total)
+        self._graph = [statistics_over_open(space, gate_of < total, lambda: self._open)]
+        self._skipping = skipping_of(space, self_families, norms, per_sample) if conditional else None
+        self._each = PerSample(model, self._run)
+        self._resolved: tuple[Tensor, float | str, Tensor] | None = None
+        self._folded: list[nn.Module] = []  # what finish() returns; in a list, as the model is
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The gated network."""
+        """The gated network; after :meth:`finish`, what that returned."""
+        if self._finished:
+            self._folded[0].training = self.model.training
+            return self._folded[0](*args, **kwargs)
         z = self._z if self._z is not None else self.expected().detach()
-        return self._per_sample(z, args, kwargs) if z.ndim > 1 else self._run(z, args, kwargs)
+        return self._each(z, args, kwargs) if z.ndim > 1 else self._run(z, args, kwargs)
 
     def expected(self) -> Tensor:
         """The value of every gate after training [V]; what cannot go together with the rest is open at its π."""
         value = super().expected()
-        key = (self.phi._version, id(self.phi), self.threshold)
-        if self._resolved is None or self._resolved[0] != key:
-            self._resolved = (key, self._stays(value.detach()))
-        return torch.where(self._resolved[1], torch.maximum(value, self.probabilities()), value)
+        if not self._structures:
+            return value
+        phi = self.phi.detach().cpu().to(torch.float64, copy=True)  # by value: not every write raises its version
+        if self._resolved is None or self._resolved[1] != self.threshold or not torch.equal(self._resolved[0], phi):
+            self._resolved = (phi, self.threshold, self._stays(value.detach()))
+        return torch.where(self._resolved[2].to(value.device), torch.maximum(value, self.probabilities()), value)
 
     def expected_norm(self, pi: Tensor, order: int) -> Tensor:
         """``E|θ|`` or ``E|θ|²`` of all gated parameters for gates of these probabilities, Eqs. (15) to (18)."""
@@ -171,21 +187,36 @@ class SpaceGates(Gating):
 
     @torch.no_grad()
     def finish(self) -> nn.Module:
-        """Fold kept gates into the model's parameters and put closed structures at zero; returns the model."""
-        value = self.expected()
-        foreach.mul_(self._scaled.tensors, self._scaled.of(value))
-        foreach.mul_(self._every.tensors, self._every.of((value > 0).to(value)))
-        return self.model
+        """Fold kept gates into the model's parameters, put closed structures at zero; returns what then computes as
+        the gated network and as ``construct`` of :meth:`solution`.
+
+        That is the model itself, unless a norm or a mean goes over channels that are closed: the model's own would
+        count their zeros, so that this is the traced network over the model's parameters
+        (:func:`~espalier.sparsify.over_open.over_what_stays`). A second call folds nothing and returns the same.
+        """
+        if not self._finished:
+            value, solution = self.expected(), self.solution()
+            foreach.mul_(self._scaled.tensors, self._scaled.of(value))
+            foreach.mul_(self._every.tensors, self._every.of((value > 0).to(value)))
+            self._folded.append(over_what_stays(self.space, solution))
+            self._finished = True
+        return self._folded[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SpaceGates":
+        raise TrainingError(
+            "gates hang on the graph of their search space, which cannot be copied: copy the model, make "
+            "SpaceGates(space.of(the copy), ...) with the same arguments, and load_state_dict(gates.state_dict())."
+        )
 
     # Inside.
 
-    def _run(self, z: Tensor, args: Any, kwargs: Any, listed: bool = True) -> Any:
-        self._open = z > 0
+    def _run(self, z: Tensor, args: Any, kwargs: Any, vmapped: bool = False) -> Any:
+        self._open = torch.cat([z > 0, z.new_ones(1, dtype=torch.bool)]).index_select(0, self._gate_of)
         factors = self._scaled.of(z)
         pairs = zip(self._scaled.tensors, factors, strict=True)
-        scaled = foreach.mul(self._scaled.tensors, factors) if listed else [t * f for t, f in pairs]
+        scaled = [t * f for t, f in pairs] if vmapped else foreach.mul(self._scaled.tensors, factors)  # no rule there
         network, named = self._graph[0], dict(zip(self._scaled.names, scaled, strict=True))
-        if self._skipping is not None and listed:
+        if self._skipping is not None:
             closed = (z == 0).tolist()
             names = [
                 f.name for f, first in zip(self.families, self._starts, strict=False) if f.segments and closed[first]
@@ -194,31 +225,6 @@ class SpaceGates(Gating):
         if network is not None:
             network.training = self.model.training
         return functional_call(self.model if network is None else network, named, args, kwargs)
-
-    def _per_sample(self, z: Tensor, args: Any, kwargs: Any) -> Any:
-        norms = [n for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if norms and self.model.training:
-            raise TrainingError(
-                f"'{norms[0]}' averages over the batch, but per_sample=True runs each example with gates of its own: "
-                "take per_sample=False, or put the model into eval mode."
-            )
-        leaves, form = pytree.tree_flatten((args, kwargs))
-
-        def one(gates: Tensor, *row: Any) -> Any:
-            own_args, own_kwargs = pytree.tree_unflatten([r.unsqueeze(0) for r in row], form)
-            out = self._run(gates, own_args, own_kwargs, listed=False)  # vmap has no rule for lists
-            return pytree.tree_map(lambda t: t.squeeze(0), out)
-
-        return vmap(one, randomness="different")(z, *leaves)
-
-    def _open_structures(self) -> Tensor:
-        """One bool per structure of the space, and a last one that is true."""
-        assert self._open is not None
-        parts, at = [], 0
-        for gate, structure, count in sorted(self._structures, key=lambda s: s[1]):
-            parts += [self._open.new_ones(structure - at), self._open[gate : gate + count]]
-            at = structure + count
-        return torch.cat([*parts, self._open.new_ones(len(self.space) - at + 1)])
 
     def _names(self, chosen: Sequence[bool], order: Sequence[float]) -> list[str]:
         """Names of the structures of the chosen gates, in ascending order."""
@@ -311,7 +317,13 @@ def _weight_families(space: SearchSpace, names: Sequence[str] | None) -> list[Fa
     if names is None:
         first = {id(p): name for name, p in own.items()}
         layers = [m for m in space.model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
-        names = list(dict.fromkeys(first[id(m.weight)] for m in layers if m.weight.requires_grad))
+        there = list(dict.fromkeys(first[id(m.weight)] for m in layers))
+        names = [name for name in there if own[name].requires_grad]
+        if there and not names:
+            raise TrainingError(
+                f"all {len(there)} linear and convolutional weights ('{there[0]}' first) are frozen "
+                "(requires_grad=False): their gates would have nothing to train with."
+            )
     missing = [name for name in names if name not in own]
     if missing:
         raise SpaceError(f"'{missing[0]}' is no parameter of the model (a shared one has its first name only).")

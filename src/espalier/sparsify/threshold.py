@@ -3,6 +3,17 @@
 import torch
 from torch import Tensor
 
+from espalier.errors import TrainingError
+
+
+def checked_threshold(value: float | str) -> float | str:
+    """τ in [0, 1), or "histogram"; raises :class:`TrainingError` for all else."""
+    if value == "histogram":
+        return value
+    if isinstance(value, str) or not 0.0 <= value < 1.0:
+        raise TrainingError(f"threshold: a number from 0 up to but not including 1, or 'histogram', not {value!r}.")
+    return float(value)
+
 
 def histogram_threshold(pi: Tensor) -> float:
     """The threshold that splits the probabilities into the two tightest clusters (Otsu, 1979).
