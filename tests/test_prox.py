@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from espalier.sparsify.prox import Runs, box, combined, group_l21, group_l21_per_element, l1, nonnegative, shrink_factor
+from espalier.sparsify.prox import (
+    Runs,
+    box,
+    combined,
+    group_l21,
+    group_l21_in_box,
+    group_l21_per_element,
+    l1,
+    nonnegative,
+    shrink_factor,
+)
 
 OWNER = torch.tensor([0, 0, 0, 1, 1, 0, 2, 2, 2, 2])
 RUNS = Runs.of(OWNER, 3)
@@ -25,7 +35,7 @@ FILES = (
     "sites",
     "gates",
 )
-MORE = ("sliced", "proxsgd", "rmda", "bisect")
+MORE = ("sliced", "proxsgd", "rmda", "bisect", "penalised", "reading")
 REST = ["models.lenet5", "models.mlp_l0", "experiments.gsparsity"]
 
 
@@ -67,6 +77,16 @@ CASES = {
         lambda b: combined(b, RUNS, 0.0, TAU, 0.4, low=-0.2, high=0.6),
         {"mu": 0 * MU, "sparsity": 0.4},
         (-0.2, 0.6),
+    ),
+    "group, box": (lambda b: combined(b, RUNS, MU, TAU, low=-0.5, high=0.3), {"mu": MU}, (-0.5, 0.3)),
+    "group, wide box": (lambda b: combined(b, RUNS, MU, TAU, low=-1.5, high=2.0), {"mu": MU}, (-1.5, 2.0)),
+    "group, from 0 to 1": (lambda b: combined(b, RUNS, MU, TAU, low=0.0, high=1.0), {"mu": MU}, (0.0, 1.0)),
+    "group, at most": (lambda b: combined(b, RUNS, MU, TAU, high=0.4), {"mu": MU}, (None, 0.4)),
+    "group, box without 0": (lambda b: combined(b, RUNS, MU, TAU, low=0.1, high=1.0), {"mu": MU}, (0.1, 1.0)),
+    "group, l1, box": (
+        lambda b: combined(b, RUNS, MU, TAU, 0.4, low=-0.5, high=1.2),
+        {"mu": MU, "sparsity": 0.4},
+        (-0.5, 1.2),
     ),
 }
 
@@ -133,9 +153,64 @@ def test_zero_stays_zero_and_no_penalty_changes_nothing(b):
     assert shrink_factor(torch.zeros(1), 1e-9).item() == 0.0
 
 
-def test_a_group_norm_within_a_box_is_refused(b):
-    with pytest.raises(ValueError, match="no closed form"):
-        combined(b, RUNS, 1.0, low=-1.0, high=1.0)
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    strength=st.floats(-2, 2),
+    spread=st.floats(0, 2),
+    sides=st.sampled_from([(-0.5, 0.3), (0.0, 1.0), (-1.0, 0.0), (None, 0.4), (-2.0, None), (0.1, 0.5), (None, None)]),
+)
+def test_a_group_norm_in_a_box_meets_its_optimality_conditions(seed, strength, spread, sides):
+    """Element by element: the minimiser, given the group's norm, of what is then a parabola, put into the box."""
+    make, (low, high) = torch.Generator().manual_seed(seed), sides
+    owner = torch.randint(6, (60,), generator=make)
+    runs = Runs.of(owner, 6)
+    b = torch.randn(60, dtype=torch.float64, generator=make) * 10 ** torch.randn(60, generator=make).double()
+    tau = 10 ** (spread * torch.randn(60, dtype=torch.float64, generator=make))
+    mu = 10**strength * torch.rand(6, dtype=torch.float64, generator=make)
+    mu[0] = 0.0
+    w, norms = group_l21_in_box(b, runs, mu, tau, low, high)
+    least, most = -np.inf if low is None else low, np.inf if high is None else high
+    for k in range(6):
+        own, ours = owner == k, w[owner == k]
+        moves = b[own].clamp(-np.inf if least < 0 else least, np.inf if most > 0 else most)
+        if k and least <= 0.0 and (tau[own] * moves).norm() <= mu[k]:
+            assert not ours.any()
+            assert norms[k] == 0
+            continue
+        theta = ours.norm()
+        free = b[own] if k == 0 else b[own] * theta / (theta + mu[k] / tau[own])
+        torch.testing.assert_close(ours, free.clamp(least, most), rtol=1e-9, atol=1e-12)
+        if k:
+            torch.testing.assert_close(norms[k], theta, rtol=1e-9, atol=1e-12)
+
+
+def test_a_box_that_binds_nowhere_changes_nothing(b):
+    near, far = group_l21(b, RUNS, MU, TAU), combined(b, RUNS, MU, TAU, low=-100.0, high=100.0)
+    torch.testing.assert_close(far, near, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda b: combined(b, RUNS, -1.0),
+        lambda b: combined(b, RUNS, torch.tensor([-1.0, 1.0, 1.0])),
+        lambda b: combined(b, RUNS, float("nan")),
+        lambda b: combined(b, RUNS, 1.0, sparsity=-0.3),
+        lambda b: combined(b, RUNS, 1.0, tau=0.0),
+        lambda b: combined(b, RUNS, 1.0, tau=torch.tensor([1.0, -1.0, 1.0])),
+        lambda b: combined(b, RUNS, 1.0, low=1.0, high=-1.0),
+        lambda b: combined(b, RUNS, 0.0, low=1.0, high=-1.0),
+        lambda b: box(b, 1.0, -1.0),
+        lambda b: l1(b, -1.0),
+        lambda b: l1(b, 1.0, float("nan")),
+        lambda b: group_l21(b, RUNS, -1.0),
+        lambda b: group_l21(b, RUNS, 1.0, -1.0),
+    ],
+)
+def test_wrong_weights_are_refused(b, wrong):
+    with pytest.raises(ValueError, match=r"at least 0|positive|at most high"):
+        wrong(b)
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3, 1.0, 2.5, 20.0])

@@ -354,13 +354,13 @@ def test_bad_input():
         ({"mu": 1.0, "rho": 2.0}, r"rho \(ρ\) = 2.0"),
         ({"mu": 1.0, "tau": 0.0}, "positive number"),
         ({"mu": 1.0, "normalize": "size"}, "there are none, div, mul, init"),
-        ({"mu": 1.0, "low": -1.0}, "no closed form"),
+        ({"mu": 1.0, "low": 0.1}, "the box holds 0"),
     ):
         with pytest.raises(TrainingError, match=message):
             ProxSGD(groups, **wrong)
     for kind in (RMDA, RAMDA):
         for wrong, message in (
-            ({"mu": -1.0}, "mu and weight_decay are at least 0"),
+            ({"mu": -1.0}, "mu=-1.0: at least 0"),
             ({"mu": 1.0, "lr": 0.0}, "lr is positive"),
             ({"mu": 1.0, "momentum": 0.0}, r"momentum \(c\) = 0.0: lies in \(0, 1\]"),
             ({"mu": 1.0, "momentum": 1.5}, r"momentum \(c\) = 1.5"),

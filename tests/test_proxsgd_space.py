@@ -143,6 +143,48 @@ def test_the_step_leaves_the_model_whole():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+class Stream(nn.Module):
+    """A residual stream with layer norms, as in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.ff = nn.Linear(5, 16), nn.LayerNorm(16), nn.Linear(16, 12)
+        self.out, self.last, self.head = nn.Linear(12, 16), nn.LayerNorm(16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.inner(x)
+        x = x + self.out(self.ff(self.norm(x)).relu())
+        return self.head(self.last(x))
+
+
+@pytest.mark.parametrize("keep", [(), ("inner",)])
+def test_norms_over_the_channels_that_stay(keep):
+    """The sub-network equals the masked network, not the snapped one, unless the normed channels are kept."""
+    torch.manual_seed(0)
+    model, x = Stream().double(), torch.randn(32, 5, dtype=torch.float64)
+    space = search_space(model, x, levels=("channel",), keep=keep)
+    opt = ProxSGD(space_groups(space), mu=0.15, lr=0.1)
+    for _ in range(150):
+        opt.zero_grad()
+        cross_entropy(model(x), torch.arange(32) % 3).backward()
+        opt.step()
+    opt.snap()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        solution = opt.solution()
+    assert solution.removed
+    small = construct(space, solution)
+    torch.testing.assert_close(small(x), space.masked(solution)(x), rtol=1e-10, atol=1e-12)
+    if keep:
+        assert not told
+        torch.testing.assert_close(small(x), model(x), rtol=1e-10, atol=1e-12)
+    else:
+        assert any(name.startswith("inner") for name in solution.removed)
+        assert [str(w.message).split(" takes")[0] for w in told] == ["'norm' (2 such in all)"]
+        assert "space.masked(solution)" in str(told[0].message)
+        assert float((small(x) - model(x)).detach().abs().max()) > 0.01
+
+
 @pytest.mark.parametrize("of", ["structures", "params", "macs"])
 def test_mu_for_a_target(of):
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from espalier.errors import SpaceError
 from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
 from espalier.sparsify.flat import FlatProximal
+from espalier.sparsify.penalised import first_weights
 
 S = TypeVar("S")
 
@@ -148,7 +149,8 @@ def fit_to_target(
 
     ``fit(mu)`` trains ``space.model`` in place, from the weights that it finds there, and returns its optimizer, whose
     groups are the space's. Every trial starts from the model as given, or with ``warm_start`` from the trial with
-    the next smaller μ. In the end the model holds the best trial's weights, dead groups at zero, and
+    the next smaller μ; ``normalize="init"`` goes by the norms of the model as given in either case. In the end the
+    model holds the best trial's weights, dead groups at zero, and
     ``best.state.solution`` is its solution. Other arguments and errors as of :func:`bisect_mu`.
     """
     model = space.model
@@ -156,7 +158,8 @@ def fit_to_target(
 
     def train(value: float, state: Fitted | None) -> tuple[float, Fitted]:
         model.load_state_dict(initial if state is None else state.weights)
-        optimizer = fit(value)
+        with first_weights(model, initial):
+            optimizer = fit(value)
         optimizer.snap()
         solution = optimizer.solution(space)
         weights = {name: t.clone() for name, t in model.state_dict().items()}

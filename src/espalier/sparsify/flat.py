@@ -12,15 +12,31 @@ from espalier.errors import TrainingError
 from espalier.space.solution import Solution
 from espalier.sparsify.grouping import Grouping
 from espalier.sparsify.prox import Runs
+from espalier.sparsify.reading import first_difference, warn_of_norms
 
 _copy, _zero = torch._foreach_copy_, torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
 
 
-class FlatProximal(Optimizer):
-    """Base of the proximal optimizers; a subclass writes ``_update(w, g)`` and returns each group's shrink
-    factor.
+def at_least_zero(name: str, value: float) -> None:
+    """Raise unless ``value`` is a finite number that is not negative."""
+    if not 0.0 <= value < float("inf"):
+        raise TrainingError(f"{name}={value}: at least 0, and finite.")
 
-    Elements of no group form hidden groups, one per tensor, with μ = 0.
+
+def in_unit_interval(name: str, value: float, zero: bool = False) -> None:
+    """Raise unless ``value`` lies in (0, 1], or in [0, 1] with ``zero``."""
+    if not (0.0 <= value <= 1.0 if zero else 0.0 < value <= 1.0):
+        raise TrainingError(f"{name} = {value}: lies in {'[' if zero else '('}0, 1].")
+
+
+class FlatProximal(Optimizer):
+    """Base of the proximal optimizers; a subclass writes ``_update(w, g)`` and returns a number per group, 0 where
+    its solution is zero.
+
+    Elements of no group form hidden groups, one per tensor, with μ = 0. Parameters of less than single precision are
+    kept in single precision here and rounded into the model: small steps add up. A gradient that is not finite
+    updates nothing: on a CPU the step raises, on an accelerator, where the host would have to wait for the answer,
+    the next step or whatever reads the groups does. A step without any gradient does nothing, as in torch.optim.
     """
 
     def __init__(
@@ -30,14 +46,17 @@ class FlatProximal(Optimizer):
         defaults: dict[str, Any],
     ):
         self.grouping = grouping
-        self._names = {id(p): name for name, p in grouping.model.named_parameters()}
         self._ready = False
         given = [p for p in grouping.model.parameters() if p.requires_grad] if params is None else list(params)
+        if not given:
+            raise TrainingError("no parameter to train: all are frozen (requires_grad=False), or params= is empty.")
         super().__init__(given, defaults)  # pyright: ignore[reportArgumentType]
         self._ready = True
         self.steps_done = 0
         self._tensors = [p for group in self.param_groups for p in group["params"]]
+        self._name_parameters()
         self._check_tensors()
+        self._check_values()
         self._sizes = [p.numel() for p in self._tensors]
         owners, hidden = [], len(grouping)
         for p in self._tensors:
@@ -51,13 +70,24 @@ class FlatProximal(Optimizer):
         kind = torch.float64 if any(p.dtype == torch.float64 for p in self._tensors) else torch.float32
         self._w = torch.zeros(sum(self._sizes), dtype=kind, device=device)
         self._g = torch.zeros_like(self._w)
-        self._views, self._g_views = (
-            [v.view(p.shape) for v, p in zip(flat.split(self._sizes), self._tensors, strict=True)]
-            for flat in (self._w, self._g)
-        )
+        rounds = any(p.dtype.itemsize < kind.itemsize for p in self._tensors)
+        self._written = torch.full_like(self._w, float("nan")) if rounds else None
         self.dormant = torch.zeros(len(grouping), dtype=torch.long, device=device)
-        self._finite: Tensor | None = None
+        self._waits = device.type == "cpu"
+        self._finite: Tensor | None = None  # of the last step, where nobody waited for it
+        self._host_before: dict[str, Tensor] = {}
         self._cache: dict[str, tuple[tuple[float, ...], Any]] = {}
+        self._make_views()
+
+    def _name_parameters(self) -> None:
+        self._names = {id(p): name for name, p in self.grouping.model.named_parameters()}
+
+    def _make_views(self) -> None:
+        self._views, self._g_views = self._split(self._w), self._split(self._g)
+        self._written_views = [] if self._written is None else self._split(self._written)
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        return [v.view(p.shape) for v, p in zip(flat.split(self._sizes), self._tensors, strict=True)]
 
     # One step.
 
@@ -68,35 +98,81 @@ class FlatProximal(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        w, g = self._gather(), self._g
-        missing = [i for i, p in enumerate(self._tensors) if p.grad is None]
-        if missing:
-            _zero([self._g_views[i] for i in missing])
-        at = [i for i, p in enumerate(self._tensors) if p.grad is not None] if missing else range(len(self._tensors))
-        _copy([self._g_views[i] for i in at], [self._tensors[i].grad for i in at])
-        self._check_finite(g)
+        self._check_values()
+        self._settle()
+        grads = [p.grad for p in self._tensors]
+        if all(grad is None for grad in grads):
+            return loss
+        w, g = self._gather(), self._gather_gradients(grads)
+        if self._waits:
+            self._check_finite(g)
+            dormant = self._move(w, g)
+        else:
+            dormant = self._move_if_finite(w, g)
+        self._scatter()
+        self.dormant.copy_(dormant)
+        self.steps_done += 1
+        return loss
+
+    def _move(self, w: Tensor, g: Tensor) -> Tensor:
+        """Update ``w`` and the buffers; returns for how many steps every group has been zero."""
         decay = self.per_element("weight_decay")
         if isinstance(decay, Tensor) or decay:
             g = g.addcmul(w, decay) if isinstance(decay, Tensor) else g.add_(w, alpha=decay)
         factor = self._update(w, g)
-        _copy(self._tensors, self._views)
-        self.dormant.add_(1).mul_(factor[: len(self.grouping)] == 0)
-        self.steps_done += 1
-        return loss
+        return (self.dormant + 1).mul_(factor[: len(self.grouping)] == 0)
+
+    def _move_if_finite(self, w: Tensor, g: Tensor) -> Tensor:
+        """The same where all gradients are finite, else nothing, without waiting for the device to say which."""
+        self._finite = g.isfinite().all()
+        before, old = {name: t.clone() for name, t in self._buffers().items()}, w.clone()
+        dormant = self._move(w, g)
+        w.copy_(torch.where(self._finite, w, old))
+        self._host_before = {}
+        for name, tensor in self._buffers().items():
+            if tensor.device == w.device:
+                tensor.copy_(torch.where(self._finite, tensor, before[name]))
+            else:
+                self._host_before[name] = before[name]
+        return torch.where(self._finite, dormant, self.dormant)
 
     @abstractmethod
     def _update(self, w: Tensor, g: Tensor) -> Tensor:
-        """Write the new parameters into ``w``; return how much every group was shrunk [groups], 0 for "is
-        zero".
-        """
+        """Write the new parameters into ``w``; return a number per group [groups], 0 where its solution is zero."""
 
     def _gather(self) -> Tensor:
-        _copy(self._views, self._tensors)
-        return self._w
+        """The parameters as they are; in full precision those that are as they were written, rounded."""
+        if self._written is None:
+            _copy(self._views, self._tensors)
+            return self._w
+        fresh = torch.empty_like(self._w)
+        _copy(self._split(fresh), self._tensors)
+        return self._w.copy_(torch.where(fresh == self._written, self._w, fresh))
 
-    def per_element(self, key: str) -> Tensor | float:
-        """A hyper-parameter of ``param_groups``: one number where all agree, else one per element."""
-        values = tuple(float(group[key]) for group in self.param_groups)
+    def _gather_gradients(self, grads: list[Tensor | None]) -> Tensor:
+        there = [(view, grad) for view, grad in zip(self._g_views, grads, strict=True) if grad is not None]
+        if len(there) < len(grads):
+            _zero([view for view, grad in zip(self._g_views, grads, strict=True) if grad is None])
+        try:
+            _copy([view for view, _ in there], [grad for _, grad in there])
+        except RuntimeError:
+            sparse = [p for p in self._tensors if p.grad is not None and p.grad.layout != torch.strided]
+            if not sparse:
+                raise
+            raise TrainingError(
+                f"the gradient of '{self._names[id(sparse[0])]}' is sparse: a group's norm needs all of it. Make the "
+                "layer with sparse=False."
+            ) from None
+        return self._g
+
+    def _scatter(self) -> None:
+        _copy(self._tensors, self._views)
+        if self._written is not None:
+            _copy(self._written_views, self._tensors)
+
+    def per_element(self, key: str, none: float = 0.0) -> Tensor | float:
+        """A hyper-parameter of ``param_groups`` (``none`` for None): a number where all agree, else one per element."""
+        values = tuple(none if group[key] is None else float(group[key]) for group in self.param_groups)
         if len(set(values)) == 1:
             return values[0]
         if self._cache.get(key, ((),))[0] != values:
@@ -105,19 +181,35 @@ class FlatProximal(Optimizer):
             self._cache[key] = (values, made.to(self._w.device))
         return self._cache[key][1]
 
+    # Checks.
+
+    def _check_values(self) -> None:
+        """Raise for hyper-parameters out of their ranges; at the start and, as they may be set, at every step."""
+        for group in self.param_groups:
+            at_least_zero("weight_decay", group["weight_decay"])
+
     def _check_finite(self, g: Tensor) -> None:
-        finite = torch.isfinite(torch.linalg.vector_norm(g))
-        before, self._finite = self._finite, finite
-        waited = finite if g.device.type == "cpu" else before
-        if waited is None or bool(waited):
+        if bool(torch.isfinite(torch.linalg.vector_norm(g))):
             return
         bad = [self._names[id(p)] for p in self._tensors if p.grad is not None and not bool(p.grad.isfinite().all())]
-        if bad or g.device.type != "cpu":
+        if bad:
             raise TrainingError(
-                f"the gradient of '{bad[0] if bad else '(of the step before)'}' is NaN or infinite at step "
-                f"{self.steps_done} ({len(bad)} parameters in all); nothing was updated. Lower the learning "
-                f"rate or clip the gradients."
+                f"the gradient of '{bad[0]}' is NaN or infinite at step {self.steps_done} ({len(bad)} parameters in "
+                "all); nothing was updated. Lower the learning rate or clip the gradients."
             )
+
+    def _settle(self) -> None:
+        """Raise if the last step's gradients were not finite: nobody waited then to know."""
+        finite, self._finite = self._finite, None
+        if finite is None or bool(finite):
+            return
+        self.steps_done -= 1
+        for name, tensor in self._host_before.items():
+            self._buffers()[name].copy_(tensor)
+        raise TrainingError(
+            f"a gradient was NaN or infinite at step {self.steps_done}, the last one; it updated nothing. Lower the "
+            "learning rate or clip the gradients."
+        )
 
     def _check_tensors(self) -> None:
         unknown = [p for p in self._tensors if id(p) not in self._names]
@@ -147,6 +239,7 @@ class FlatProximal(Optimizer):
         ``patience`` steps. With one, for comparison: those whose norm is at most the threshold (GSparsity:
         1e-6).
         """
+        self._settle()
         if threshold is None:
             chosen = self.dormant >= patience
         else:
@@ -164,10 +257,11 @@ class FlatProximal(Optimizer):
         """Put the groups of :meth:`zero_groups` at exactly zero, as they are in the limit; returns their
         names.
         """
+        self._settle()
         stays = torch.ones(self.runs.count, dtype=self._w.dtype, device=self._w.device)
         stays[: len(self.grouping)] = (self.dormant < patience).to(stays)
         self._gather().mul_(self.runs.spread(stays))
-        _copy(self._tensors, self._views)
+        self._scatter()
         return self.zero_groups(patience=patience)
 
     def solution(self, space: Any = None, patience: int = 1) -> Solution:
@@ -175,8 +269,10 @@ class FlatProximal(Optimizer):
         layers.
 
         Structures go as long as the network stays valid, longest zero first. For a grouping within layers
-        give the model's ``space``.
+        give the model's ``space``. Warns where a norm takes its statistics over an axis that loses something: the
+        sub-network then equals ``space.masked(solution)``, not the snapped model, whose norm counts the zeros.
         """
+        self._settle()
         space = self.grouping.space or space
         if space is None:
             raise TrainingError("groups within layers: give solution() the model's search space.")
@@ -185,7 +281,9 @@ class FlatProximal(Optimizer):
         if self.grouping.members:
             zero.sort(key=lambda i: -int(self.dormant[i]))
             order = [name for i in zero for name in self.grouping.members[i]]
-            return space.solution(space.removable_in_order(order), provenance)
+            solution = space.solution(space.removable_in_order(order), provenance)
+            warn_of_norms(space, solution)
+            return solution
         gone = torch.zeros(len(self.grouping) + 1, dtype=torch.bool)  # the last place is for -1
         gone[zero] = True
         own = dict(self.grouping.model.named_parameters())
@@ -193,14 +291,33 @@ class FlatProximal(Optimizer):
         plain = space.solution((), provenance)
         return Solution((), plain.fingerprint, {n: m for n, m in masks.items() if not bool(m.all())}, provenance)
 
+    def check_ranks(self) -> None:
+        """Raise :class:`TrainingError` unless all ranks hold the same groups; every rank must call it.
+
+        An optimizer does not average gradients: train the model in DistributedDataParallel, or average them over the
+        ranks before each step. Groups are compared bit by bit (norms, and for how long they have been zero).
+        """
+        self._settle()
+        name = first_difference(self.grouping.names, self.dormant, self.group_norms())
+        if name is not None:
+            raise TrainingError(
+                f"the ranks hold different weights, first in group '{name}': gradients must be averaged over the ranks "
+                "(wrap the model in torch.nn.parallel.DistributedDataParallel) and all ranks begin with the same model."
+            )
+
     # Saving.
+
+    def _settings(self) -> dict[str, Any]:
+        """What was fixed at the start and must be the same to go on."""
+        return {"method": type(self).__name__}
 
     def _buffers(self) -> dict[str, Tensor]:
         """What a subclass keeps over all elements."""
-        return {}
+        return {} if self._written is None else {"precise": self._w, "written": self._written}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-identical continuation needs, the model aside."""
+        self._settle()
         return {
             "steps_done": self.steps_done,
             "dormant": self.dormant.clone(),
@@ -208,19 +325,38 @@ class FlatProximal(Optimizer):
             "params": [[self._names[id(p)] for p in group["params"]] for group in self.param_groups],
             "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
             "names": list(self.grouping.names),
+            "settings": self._settings(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Continue where :meth:`state_dict` was taken. Raises :class:`TrainingError` for another grouping's
-        state.
+        state, and for one of other settings (method, τ, normalisation, schedule).
         """
         params = [[self._names[id(p)] for p in group["params"]] for group in self.param_groups]
         if state_dict.get("names") != list(self.grouping.names) or state_dict["params"] != params:
             raise TrainingError("this optimizer state belongs to another grouping or to other parameters.")
+        mine = self._settings()
+        settings = state_dict.get("settings", mine)  # older states have none
+        other = [k for k in ("method", *mine) if settings.get(k) != mine.get(k)]
+        if other:
+            told = [f"{k}={settings.get(k)!r}, here {mine.get(k)!r}" for k in other]
+            told = told[0] if "method" in other else ", ".join(told)
+            raise TrainingError(f"this optimizer state was saved with {told}: make the optimizer as it was.")
         self.steps_done = int(state_dict["steps_done"])
         self.dormant.copy_(state_dict["dormant"])
         for name, tensor in self._buffers().items():
-            tensor.copy_(state_dict["buffers"][name])
+            if "settings" in state_dict or name in state_dict["buffers"]:
+                tensor.copy_(state_dict["buffers"][name])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
         self._finite = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is made again, and a scheduler's wrapper of ``step``: a copy is of the model's copy."""
+        made = {"step", "_names", "_views", "_g_views", "_written_views"}
+        return {k: v for k, v in self.__dict__.items() if k not in made and not k.startswith("_optimizer_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._name_parameters()
+        self._make_views()

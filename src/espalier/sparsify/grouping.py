@@ -74,6 +74,8 @@ def named_groups(model: nn.Module, groups: Mapping[str, Sequence[str]]) -> Group
         for name in parameters:
             if name in owner:
                 first = list(groups)[int(owner[name])]
+                if first == group:
+                    raise SpaceError(f"parameter '{name}' is named twice in group '{group}'.")
                 raise SpaceError(
                     f"parameter '{name}' is in two groups, '{first}' and '{group}': groups do not overlap."
                 )
@@ -136,6 +138,9 @@ def layer_groups(model: nn.Module, layers: Sequence[str] | None = None, level: s
     """
     if layers is None:
         layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+    twice = [layer for i, layer in enumerate(layers) if layer in layers[:i]]
+    if twice:
+        raise SpaceError(f"layer '{twice[0]}' is named twice.")
     modules = dict(model.named_modules())
     names: list[str] = []
     owner: dict[str, Tensor] = {}

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import TrainingError
-from espalier.sparsify.flat import FlatProximal
+from espalier.sparsify.flat import in_unit_interval
 from espalier.sparsify.grouping import Grouping
-from espalier.sparsify.prox import group_l21_per_element, shrink_factor
+from espalier.sparsify.penalised import Penalised
+from espalier.sparsify.prox import box, combined_, group_l21_in_box, group_l21_per_element, soft_threshold
 
 
-class RMDA(FlatProximal):
+class RMDA(Penalised):
     """RMDA (Huang & Lee, "Training Structured Neural Networks Through Manifold Identification and Variance
-    Reduction",
-    ICLR 2022, Algorithm 1), with the group norm of GSparsity.
+    Reduction", ICLR 2022, Algorithm 1), with the penalty of :class:`ProxSGD`: groups, L1 and a box.
 
     >>> from espalier.sparsify import RMDA, layer_groups
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -31,12 +31,14 @@ class RMDA(FlatProximal):
     With t = 1, 2, …, β_t = √t, s_t = lr β_t and α_t = Σ s_j:
 
         v ← v + s_t g
-        ŵ = prox of (α_t / β_t) Σ μ_k |w_k|  at  w_0 - v / β_t
+        ŵ = prox of (α_t / β_t) r  at  w_0 - v / β_t        r(w) = Σ μ_k |w_k| + sparsity |w|₁, in the box
         w ← w + c (ŵ - w)
 
     where c is ``momentum``. The variance of v / α_t falls, so that from some step on ŵ has the support of the
     limit; ProxSGD with constant steps has no such guarantee. ``restart()`` begins anew from the present
-    weights, as the authors do whenever ``lr`` changes. Arguments and errors otherwise as of :class:`ProxSGD`.
+    weights, as the authors do whenever ``lr`` changes. ``lr`` is positive (a scheduler may come to 0) and one for all
+    parameters. Other arguments (``normalize``, ``sparsity``, ``low``, ``high``, …), the warning of groups that are
+    bound to be zeroed, and errors as of :class:`ProxSGD`.
     """
 
     def __init__(
@@ -47,21 +49,37 @@ class RMDA(FlatProximal):
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]] | None = None,
         lr: float = 0.1,
         momentum: float = 0.1,
+        normalize: str = "none",
+        exponent: float = 0.5,
+        sparsity: float = 0.0,
+        low: float | None = None,
+        high: float | None = None,
         weight_decay: float = 0.0,
     ):
-        if mu < 0.0 or weight_decay < 0.0 or lr <= 0.0:
-            raise TrainingError("mu and weight_decay are at least 0, and lr is positive.")
-        if not 0.0 < momentum <= 1.0:
-            raise TrainingError(f"momentum (c) = {momentum}: lies in (0, 1].")
-        super().__init__(grouping, params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.mu = mu
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults |= {"sparsity": sparsity, "low": low, "high": high}
+        super().__init__(grouping, mu, params, defaults, normalize, exponent)
+        if not all(group["lr"] > 0.0 for group in self.param_groups):
+            raise TrainingError(f"lr = {lr}: lr is positive.")
         self._v = torch.zeros_like(self._w)
         self._start = torch.zeros_like(self._w)
         self._alpha = torch.zeros((), dtype=torch.float64)
         self._since = torch.zeros((), dtype=torch.long)
-        self._mask = torch.zeros(self.runs.count, dtype=self._w.dtype, device=self._w.device)
-        self._mask[: len(grouping)] = 1.0
         self.restart()
+        self._warn_at_start()
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        for group in self.param_groups:
+            in_unit_interval("momentum (c)", group["momentum"])
+            if not 0.0 <= group["lr"] < float("inf"):
+                raise TrainingError(f"lr = {group['lr']}: lr is positive, and finite.")
+        if len({float(group["lr"]) for group in self.param_groups}) > 1:
+            raise TrainingError(f"{type(self).__name__} takes one lr for all parameters: its α is one number.")
+
+    def _warn_at_start(self) -> None:
+        self._pulls = "|w| / lr"
+        self._warn_from(self._initial / float(self.param_groups[0]["lr"]))
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -74,9 +92,7 @@ class RMDA(FlatProximal):
     def _advance(self) -> tuple[float, float]:
         """Count the step; √t and s_t, with α_t brought up to date."""
         self._since += 1
-        beta, rate = float(self._since) ** 0.5, self.per_element("lr")
-        if isinstance(rate, Tensor):
-            raise TrainingError(f"{type(self).__name__} takes one lr for all parameters: its α is one number.")
+        beta, rate = float(self._since) ** 0.5, float(self.param_groups[0]["lr"])
         self._alpha += rate * beta
         return beta, rate * beta
 
@@ -84,12 +100,16 @@ class RMDA(FlatProximal):
         beta, size = self._advance()
         self._v.add_(g, alpha=size)
         b = torch.add(self._start, self._v, alpha=-1.0 / beta, out=g)
-        factor = shrink_factor(self.runs.norm(b), self._mask * (self.mu * float(self._alpha) / beta))
-        w.lerp_(b.mul_(self.runs.spread(factor)), self.per_element("momentum"))
-        return factor
+        low, high, boxed = self._box()
+        mu = self._unit * (self.mu * float(self._alpha) / beta)
+        sparsity = self.per_element("sparsity") * (float(self._alpha) / beta)
+        left = combined_(b, self.runs, mu, 1.0, sparsity, low, high, boxed)
+        w.lerp_(b, self.per_element("momentum"))
+        return left
 
     def _buffers(self) -> dict[str, Tensor]:
-        return {"v": self._v, "start": self._start, "alpha": self._alpha, "since": self._since}
+        more = {"v": self._v, "start": self._start, "alpha": self._alpha, "since": self._since}
+        return {**super()._buffers(), **more}
 
 
 class RAMDA(RMDA):
@@ -110,11 +130,12 @@ class RAMDA(RMDA):
     With t = 1, 2, …, s_t = lr √t and α_t = Σ s_j:
 
         v ← v + s_t g        u ← u + s_t g²        p = ∛u + epsilon
-        ŵ = argmin_w  ⟨v, w⟩ + 1/2 ⟨w - w_0, p (w - w_0)⟩ + α_t Σ μ_k |w_k|
+        ŵ = argmin_w  ⟨v, w⟩ + 1/2 ⟨w - w_0, p (w - w_0)⟩ + α_t r(w)
         w ← w + c (ŵ - w)
 
     The subproblem is solved by one equation per group (:func:`espalier.sparsify.prox.group_l21_per_element`), where
-    the authors take proximal gradient steps; which groups are zero is exact in both. Arguments as of :class:`RMDA`.
+    the authors take proximal gradient steps; which groups are zero is exact in both. An L1 penalty comes first there,
+    and a box as in :func:`espalier.sparsify.prox.group_l21_in_box`. Arguments as of :class:`RMDA`.
     """
 
     def __init__(
@@ -125,13 +146,36 @@ class RAMDA(RMDA):
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]] | None = None,
         lr: float = 0.01,
         momentum: float = 0.1,
+        normalize: str = "none",
+        exponent: float = 0.5,
+        sparsity: float = 0.0,
+        low: float | None = None,
+        high: float | None = None,
         weight_decay: float = 0.0,
         epsilon: float = 1e-6,
     ):
-        if epsilon <= 0.0:
-            raise TrainingError(f"epsilon={epsilon}: positive.")
         self.epsilon = epsilon
-        super().__init__(grouping, mu, params=params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        super().__init__(
+            grouping,
+            mu,
+            params=params,
+            lr=lr,
+            momentum=momentum,
+            normalize=normalize,
+            exponent=exponent,
+            sparsity=sparsity,
+            low=low,
+            high=high,
+            weight_decay=weight_decay,
+        )
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        if not 0.0 < self.epsilon < float("inf"):
+            raise TrainingError(f"epsilon={self.epsilon}: positive.")
+
+    def _warn_at_start(self) -> None:
+        self._pulls = "|p w| / lr"  # p is known from the first gradient on
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -146,10 +190,24 @@ class RAMDA(RMDA):
         self._u.addcmul_(g, g, value=size)
         p = self._u.pow(1.0 / 3.0).add_(self.epsilon)
         b = torch.addcdiv(self._start, self._v, p, value=-1.0, out=g)
-        mu = self._mask * (self.mu * float(self._alpha))
-        new, self._norms = group_l21_per_element(b, self.runs, mu, p, self._norms)
+        alpha = float(self._alpha)
+        if self.steps_done == 0 and alpha:
+            self._warn_from(self.runs.norm(p * self._start) / alpha)
+        mu, sparsity = self._unit * (self.mu * alpha), self.per_element("sparsity")
+        if isinstance(sparsity, Tensor) or sparsity:
+            b = soft_threshold(b, sparsity * alpha / p)
+        low, high, boxed = self._box()
+        new, norms = group_l21_per_element(box(b, low, high), self.runs, mu, p, self._norms)
+        self._norms = norms * (self.runs.norm(new) > 0)
+        if boxed is not None:
+            at, groups = boxed.at, boxed.groups
+            sides = boxed.of_each(low), boxed.of_each(high)
+            new[at], self._norms[groups] = group_l21_in_box(b[at], boxed.runs, mu[groups], p[at], *sides)
         w.lerp_(new, self.per_element("momentum"))
         return self._norms
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "epsilon": self.epsilon}
 
     def _buffers(self) -> dict[str, Tensor]:
         return {**super()._buffers(), "u": self._u, "norms": self._norms}
