@@ -175,7 +175,7 @@ def test_constants_of_proxsgd(wrong, message):
 # What no data can save.
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [ProxSGD, RMDA])
 def test_warns_for_every_method(kind):
     model = perceptron()
     with warnings.catch_warnings():
@@ -204,7 +204,7 @@ def test_warns_where_tau_is_adaptive_after_the_first_step():
         train(model, other, 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [ProxSGD, RMDA])
 def test_the_bound_is_the_one_of_the_first_step_without_a_gradient(kind):
     """A little below it a group lives, a little above it dies, where the gradients are next to nothing."""
 

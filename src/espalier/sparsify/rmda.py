@@ -135,7 +135,8 @@ class RAMDA(RMDA):
 
     The subproblem is solved by one equation per group (:func:`espalier.sparsify.prox.group_l21_per_element`), where
     the authors take proximal gradient steps; which groups are zero is exact in both. An L1 penalty comes first there,
-    and a box as in :func:`espalier.sparsify.prox.group_l21_in_box`. Arguments as of :class:`RMDA`.
+    and a box as in :func:`espalier.sparsify.prox.group_l21_in_box`. Arguments as of :class:`RMDA`. No group
+    is called bound to be zeroed: with P growing, one that is zero at first may well come back.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class RAMDA(RMDA):
             raise TrainingError(f"epsilon={self.epsilon}: positive.")
 
     def _warn_at_start(self) -> None:
-        self._pulls = "|p w| / lr"  # p is known from the first gradient on
+        """Nothing: p grows with the gradients, so that a group which is zero at first is not bound to stay so."""
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -191,8 +192,6 @@ class RAMDA(RMDA):
         p = self._u.pow(1.0 / 3.0).add_(self.epsilon)
         b = torch.addcdiv(self._start, self._v, p, value=-1.0, out=g)
         alpha = float(self._alpha)
-        if self.steps_done == 0 and alpha:
-            self._warn_from(self.runs.norm(p * self._start) / alpha)
         mu, sparsity = self._unit * (self.mu * alpha), self.per_element("sparsity")
         if isinstance(sparsity, Tensor) or sparsity:
             b = soft_threshold(b, sparsity * alpha / p)
