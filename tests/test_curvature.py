@@ -18,7 +18,8 @@ from espalier.curvature import (
     gradients,
 )
 from espalier.curvature.matrix import columns, gram, matvec, rmatvec
-from espalier.curvature.memory import sample_bytes
+from espalier.curvature.memory import PeakBytes, sample_bytes
+from espalier.curvature.plan import Probe, make_plan
 from espalier.models.resnet_cifar import CifarResNet
 
 CE = nn.functional.cross_entropy
@@ -113,22 +114,30 @@ class OwnLinear(nn.Linear):
     """No layer that the per-layer products know."""
 
 
-@pytest.mark.parametrize(
-    ("linear", "instead"), [(nn.Linear, "layer by layer"), (OwnLinear, "one backward pass per row")]
-)
-def test_vmap_falls_back_with_a_warning(linear, instead):
-    class Item(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = linear(2, 2)
+class ReadsItsInput(nn.Module):
+    """A model that vmap cannot take: it looks at the values of its input."""
 
-        def forward(self, x):
-            return self.fc(x) * float(x.abs().sum().item() > -1)
+    def __init__(self, linear):
+        super().__init__()
+        self.fc = linear(2, 2)
 
-    model, x, y = Item().eval(), torch.randn(3, 2), torch.tensor([0, 1, 0])
-    with pytest.warns(UserWarning, match=instead):
-        found = gradients(model, CE, (x, y), 3, options=GradientOptions(method="vmap"))
+    def forward(self, x):
+        return self.fc(x) * float(x.abs().sum().item() > -1)
+
+
+def test_vmap_falls_back_with_a_warning():
+    model, x, y = ReadsItsInput(OwnLinear).eval(), torch.randn(3, 2), torch.tensor([0, 1, 0])
+    with pytest.warns(UserWarning, match="gradients by method='loop' instead: 'vmap' cannot take this model"):
+        found = gradients(model, CE, (x, y), 3)
     torch.testing.assert_close(found.A, by_autograd(model, found.layout, x, y, 1))
+
+
+def test_vmap_asked_for_is_refused_where_it_cannot_work():
+    model, data = ReadsItsInput(nn.Linear).eval(), (torch.randn(3, 2), torch.tensor([0, 1, 0]))
+    with pytest.raises(
+        ValueError, match=r"method='vmap' cannot take this model and loss .* Use method='auto', or 'loop'"
+    ):
+        gradients(model, CE, data, 3, options=GradientOptions(method="vmap"))
 
 
 class _Unused(nn.Module):
@@ -164,7 +173,7 @@ def test_input_overwritten_in_place_is_refused():
             x.add_(1)
             return y
 
-    with pytest.raises(ValueError, match="overwritten in place"):
+    with pytest.raises(ValueError, match="modified by an inplace operation"):
         gradients(Overwrites().eval(), CE, (torch.randn(3, 2), torch.tensor([0, 1, 0])), 3)
 
 
@@ -275,6 +284,35 @@ def test_inverse_needs_damping_and_gradients(kind):
         kind(torch.ones(0, 3), 1.0)
 
 
+@pytest.mark.parametrize("kind", [Fisher, DenseInverse, DualInverse, MatrixFreeInverse, BlockWoodburyInverse])
+def test_operators_take_arrays_and_have_a_shape(A, kind):
+    operator, same = kind(A.numpy(), 0.3), kind(A, 0.3)
+    v = torch.randn(A.shape[1]).double()
+    assert operator.shape == (A.shape[1], A.shape[1])
+    assert (operator @ v).equal(same @ v)
+    assert operator.diag().equal(same.diag())
+    assert operator.solve(v).equal(same.solve(v))
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 100])
+def test_block_factors_are_kept_only_where_they_fit(A, block):
+    v = torch.randn(A.shape[1]).double()
+    kept, anew = BlockWoodburyInverse(A, 0.3, block), BlockWoodburyInverse(A, 0.3, block, memory_limit=0)
+    assert (kept @ v).equal(anew @ v)
+    assert kept.diag().equal(anew.diag())
+    assert kept._kept is not None
+    assert anew._kept is None
+
+
+def test_stores_that_do_not_fit_are_refused_before(A, monkeypatch):
+    monkeypatch.setattr("espalier.curvature.memory.available_memory", lambda: 8 * A.numel() - 1)
+    v = torch.randn(A.shape[1]).double()
+    with pytest.raises(MemoryError, match=r"as large as A, needs .* use DualInverse"):
+        _ = MatrixFreeInverse(A, 0.3) @ v
+    with pytest.raises(MemoryError, match=r"a dense matrix of .* use DualInverse"):
+        _ = DenseInverse(A, 0.3) @ v
+
+
 @pytest.mark.parametrize("layout", ["rows", "columns", "bfloat16"])
 def test_products_whatever_the_storage(layout):
     torch.manual_seed(3)
@@ -299,6 +337,19 @@ def test_memory_limit_is_kept(case):
         for limit in (1, 3 * sample_bytes(model, x[:1]), 1 << 30):
             options = GradientOptions(dtype=torch.float64, memory_limit=limit)
             torch.testing.assert_close(gradients(model, CE, (x, y), 12 // batch, batch, options=options).A, whole)
+
+
+@pytest.mark.parametrize("method", ["layers", "vmap"])
+def test_chunks_hold_no_more_than_the_limit(method):
+    """Measured apart: the tensors that one chunk of the planned size makes."""
+    model, limit = nn.Sequential(nn.Linear(50, 200), nn.Tanh(), nn.Linear(200, 3)).eval(), 4 << 20
+    x, y = torch.randn(64, 50), torch.randint(3, (64,))
+    layout = WeightLayout.of(model)
+    plan = make_plan(Probe(model, CE, layout, x[:4], y[:4], 4, 1), GradientOptions(memory_limit=limit, method=method))
+    assert 4 < plan.rows < 64
+    with PeakBytes() as peak:
+        plan.compute(model, CE, layout, x[: plan.rows], y[: plan.rows], plan.rows)
+    assert limit / 4 < peak.bytes <= limit
 
 
 def test_sample_bytes_sees_what_autograd_keeps():

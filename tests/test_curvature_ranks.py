@@ -94,6 +94,62 @@ def test_both_ranks_hold_the_solution_of_one_process(ranks):
             torch.testing.assert_close(first[name], value)
 
 
+FAILING = """
+import sys, torch
+from torch import nn
+import torch.distributed as dist
+from espalier.curvature import GradientOptions, gradients
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = nn.Linear(4, 3).eval()
+x, y = torch.randn(60, 4), torch.randint(3, (60,))
+said = []
+
+def attempt(bad, n, path=None):
+    data = x.clone()
+    if bad is not None:
+        data[bad] = torch.nan
+    try:
+        options = GradientOptions(path=path)
+        said.append("no error" if gradients(model, nn.functional.cross_entropy, (data, y), n, options=options) else "")
+    except Exception as error:
+        said.append(f"{type(error).__name__}: {error}")
+
+for path in (None, f"{sys.argv[1]}/A.bin"):
+    attempt(3, 40, path)  # in the first rank's rows
+    attempt(30, 40, path)  # in the second's
+attempt(None, 61)  # only the second finds the data too short
+few = gradients(model, nn.functional.cross_entropy, (x, y), 1, 5, options=GradientOptions(progress=True))
+torch.save((said, few.A.shape[0], few.gathered().A, few.mean_loss), f"{sys.argv[1]}/failing-{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_all_ranks_raise_what_one_of_them_finds(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, "failing.py", "."], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (first, none, whole, loss), (second, one, same, again) = (
+        torch.load(tmp_path / f"failing-{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
+    for own, other, row in ((first, second, 3), (second, first, 30)):
+        text = f"the gradient of mini-batch {row} is not finite: the loss overflows on it"
+        at = [0, 2] if row == 3 else [1, 3]
+        assert [own[i] for i in at] == [f"ValueError: {text}"] * 2
+        assert [other[i] for i in at] == [f"ValueError: process {int(row == 30)} of 2: {text}"] * 2
+    assert "process 1 of 2: the data ended 1 samples too early" in first[4]
+    assert "ValueError: the data ended 1 samples too early" in second[4]
+    assert not list(tmp_path.glob("A.bin*"))
+    assert (none, one) == (0, 1)  # fewer rows than ranks
+    assert whole.shape == (1, 12)
+    assert whole.equal(same)
+    assert loss == again
+    assert done.stderr.count("1 rows × 12 weights") == 1  # the cost, by the first rank only
+
+
 def test_a_failed_run_leaves_no_file(tmp_path):
     model = torch.nn.Linear(2, 2).eval()
     x = torch.tensor([[1.0, 1.0], [torch.nan, 1.0]])

@@ -166,7 +166,7 @@ def test_what_a_weight_method_cannot_hold_is_refused(task):
         call(budget=espalier.Budget(weights=0.5), keep=["0"])
     with pytest.raises(TypeError, match="single weights"):
         call(budget=espalier.Budget(weights=0.5, round_to=8))
-    with pytest.raises(TypeError, match="write loss=lambda"):
+    with pytest.raises(ValueError, match="write loss=lambda"):
         call(budget=espalier.Budget(weights=0.5), loss=nn.functional.cross_entropy, options=ONE)
 
 
@@ -233,3 +233,33 @@ def test_a_gradual_pruning_that_goes_wrong_changes_nothing(task):
 def test_gradual_options_are_checked(bad):
     with pytest.raises(ValueError, match=r"at least 1|sparsities"):
         GradualOptions(**bad)
+
+
+@pytest.mark.parametrize("method", ["exchange++", "chita"])
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_several_inputs(method, form):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm, self.out = nn.Linear(6, 8), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+        def forward(self, left, right):
+            return self.out(torch.relu(self.norm(self.a(left) + self.b(right))))
+
+    torch.manual_seed(0)
+    net, left, right, y = Two(), torch.randn(90, 6), torch.randn(90, 4), torch.randint(3, (90,))
+    inputs = (left, right) if form is tuple else {"left": left, "right": right}
+    options = {"n": 20, "batch": 2, "recalibrate": 30} | ({"stages": 2} if method == "exchange++" else {})
+    args = (left[:2], right[:2])
+    call = functools.partial(espalier.prune, net, args, budget=espalier.Budget(weights=20), method=method)
+    small = call(data=(inputs, y), options=options)
+    assert int((WeightLayout.of(small).flatten(small) != 0).sum()) <= 20
+    assert not torch.equal(small.norm.running_mean, net.norm.running_mean)
+    batches = [
+        (tuple(t[i::3] for t in (left, right)) if form is tuple else {k: t[i::3] for k, t in inputs.items()}, y[i::3])
+        for i in range(3)
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the data gives the same samples")
+        small = call(data=batches, options=options)
+    assert int((WeightLayout.of(small).flatten(small) != 0).sum()) <= 20

@@ -179,14 +179,14 @@ def test_stages_with_patterns_loaders_and_paths(task):
 
 def test_a_failing_stage_says_which(task):
     model, (x, y) = task
-    calls = []
+    done = []
 
     def loss(output, target):
-        calls.append(0)
-        return CE(output, target) * (torch.nan if len(calls) > 1 else 1.0)
+        return CE(output, target) * (torch.nan if done else 1.0)
 
+    options = StageOptions(stages=3, n=10, batch=2)
     with pytest.raises(ValueError, match=r"stage 2 of 3: .*not finite"):
-        chita_plus_plus(model, loss, (x, y), 0.5, StageOptions(stages=3, n=10, batch=2))
+        chita_plus_plus(model, loss, (x, y), 0.5, options, on_stage=lambda stage, *_: done.append(stage))
 
 
 def test_dead_weights_go_first():

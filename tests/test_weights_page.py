@@ -11,10 +11,14 @@ from espalier import load
 PAGE = Path(__file__).parents[1] / "docs" / "weights.md"
 
 
-def test_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+def test_examples_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, object] = {}
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile(code, "weights.md", "exec"), {})
+    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(compile(code, "weights.md", "exec"), names)
     small = load("small.espalier")
     assert sum(int((p != 0).sum()) for p in small.parameters() if p.ndim == 2) == int(0.1 * (20 * 64 + 64 * 4))
+    model = names["model"]
+    assert isinstance(model, torch.nn.Module)
+    assert sum(int((p != 0).sum()) for p in model.parameters() if p.ndim == 2) <= int(0.1 * (20 * 64 + 64 * 4)) + 1

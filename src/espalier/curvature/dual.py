@@ -8,12 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from espalier.curvature.fisher import Fisher, check_damping
+from espalier.curvature.fisher import DampedInverse, Fisher
 from espalier.curvature.matrix import chunks, gram, matvec, rmatvec, working_dtype
 
 
 @dataclass(frozen=True)
-class DualInverse:
+class DualInverse(DampedInverse):
     """F⁻¹ = (I − Aᵀ(AAᵀ + nλI)⁻¹A)/λ of the damped empirical Fisher, exactly.
 
     >>> DualInverse(torch.eye(2), damping=0.5) @ torch.ones(2)
@@ -25,9 +25,6 @@ class DualInverse:
 
     A: Tensor
     damping: float
-
-    def __post_init__(self) -> None:
-        check_damping(self.A, self.damping)
 
     @cached_property
     def factor(self) -> Tensor:

@@ -9,21 +9,44 @@ import torch
 from torch import Tensor
 
 from espalier.curvature.matrix import as_matrix, chunks, matvec, rmatvec, working_dtype
+from espalier.curvature.memory import check_store
 
 
-def check_damping(A: Tensor, damping: float) -> Tensor:
-    """Validate what every inverse needs: a matrix of gradients and a positive damping."""
-    A = as_matrix(A)
+class OnGradients:
+    """What all operators on gradients share: A, a tensor or an array, as a checked [n, p] tensor; and their shape."""
+
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "A", as_matrix(self.A))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(p, p)."""
+        return self.A.shape[1], self.A.shape[1]
+
+
+class DampedInverse(OnGradients):
+    """What all inverses share besides: a positive damping."""
+
+    damping: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_damping(self.A, self.damping)
+
+
+def check_damping(A: Tensor, damping: float) -> None:
+    """Validate what every inverse needs: a positive damping."""
     if not damping > 0:
         raise ValueError(
             f"damping λ = {damping}: AᵀA/n of n = {A.shape[0]} gradients and p = {A.shape[1]} weights has no "
             "inverse without a positive λ; 1e-5 to 1e-2 are usual"
         )
-    return A
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(OnGradients):
     """The damped empirical Fisher F = AᵀA/n + λI, never formed.
 
     >>> F = Fisher(torch.eye(2), damping=0.5)
@@ -35,14 +58,6 @@ class Fisher:
 
     A: Tensor
     damping: float
-
-    def __post_init__(self) -> None:
-        as_matrix(self.A)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(p, p)."""
-        return self.A.shape[1], self.A.shape[1]
 
     def __matmul__(self, v: Tensor) -> Tensor:
         v = v.to(working_dtype(self.A))
@@ -59,13 +74,15 @@ class Fisher:
         return DualInverse(self.A, self.damping) @ v
 
     def dense(self) -> Tensor:
-        """F as a float64 [p, p] matrix: for tests and small p only."""
+        """F as a float64 [p, p] matrix: for tests and small p only. MemoryError, before, where it does not fit."""
+        p = self.A.shape[1]
+        check_store(8 * (p * p + self.A.numel()), f"a dense matrix of {p:,} × {p:,} values", "use DualInverse")
         A = self.A.double()
         return A.t() @ A / A.shape[0] + self.damping * torch.eye(A.shape[1], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
-class DenseInverse:
+class DenseInverse(DampedInverse):
     """F⁻¹ from a p × p Cholesky factor in float64: O(p³), the oracle of the other inverses.
 
     >>> DenseInverse(torch.eye(2), damping=0.5) @ torch.ones(2)
@@ -74,9 +91,6 @@ class DenseInverse:
 
     A: Tensor
     damping: float
-
-    def __post_init__(self) -> None:
-        check_damping(self.A, self.damping)
 
     @cached_property
     def _factor(self) -> Tensor:

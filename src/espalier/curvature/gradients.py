@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
+import operator
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal, TypeGuard, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from espalier.curvature import ranks
+from espalier.curvature.batches import Pair as Pair
+from espalier.curvature.batches import after, mapped, mini_batches, samples, taken
+from espalier.curvature.batches import as_loader as as_loader
+from espalier.curvature.batches import is_pair as is_pair
+from espalier.curvature.explain import explanation
 from espalier.curvature.layout import Predicate, WeightLayout, convolution_and_linear
-from espalier.curvature.memory import check_room, sample_bytes
-from espalier.curvature.per_layer import Loss, covers, rows_by_layer
-
-Method = Literal["auto", "layers", "vmap", "loop"]
-Pair = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class GradientOptions:
-    """How gradients are computed and kept.
-
-    memory_limit: bytes that the working memory of one chunk may take, though never less than one sample's (A
-    itself is accounted for apart). A row that averages more samples than fit is added up from parts.
-    dtype: storage of A: float32, bfloat16 (half the bytes read per solve), or float64 (tests).
-    path: file for a memory-mapped A; None keeps it in memory. It appears under this name once it is complete.
-    method: "layers" (per-layer products), "vmap", "loop" (one backward per row), or "auto".
-    progress: say the cost before the start and show a bar; None: where standard error is a terminal.
-    """
-
-    memory_limit: int = 1 << 30
-    dtype: torch.dtype = torch.float32
-    path: str | Path | None = None
-    method: Method = "auto"
-    progress: bool | None = None
+from espalier.curvature.memory import check_room
+from espalier.curvature.options import GradientOptions as GradientOptions
+from espalier.curvature.options import checked_path
+from espalier.curvature.plan import PROBE, Plan, Probe, make_plan
+from espalier.curvature.rows import Loss
+from espalier.curvature.watch import agreed, watching
 
 
 @dataclass(frozen=True)
@@ -69,22 +55,23 @@ class Gradients:
         >>> found.gathered() is found
         True
         """
-        if self.A.shape[0] == self.total_rows:
+        if ranks.everywhere(self.A.shape[0] == self.total_rows):
             return self
-        check_room(self.total_rows, self.A.shape[1], GradientOptions(0, self.A.dtype))
+        with agreed():
+            check_room(self.total_rows, self.A.shape[1], GradientOptions(0, self.A.dtype))
         return replace(self, A=ranks.gather(self.A, self.total_rows), first_row=0)
 
 
 def gradients(
     model: nn.Module,
     loss: Loss,
-    data: Iterable[Pair] | Pair,
+    data: Any,
     n: int,
     batch: int = 1,
     prunable: Predicate = convolution_and_linear,
     options: GradientOptions | None = None,
 ) -> Gradients:
-    """Gradients of the mean loss over n mini-batches of `batch` samples each.
+    """Gradients of the loss of n mini-batches of `batch` samples each.
 
     >>> model = nn.Linear(3, 2, bias=False).eval()
     >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
@@ -92,12 +79,52 @@ def gradients(
     torch.Size([4, 6])
 
     `data` is a loader of (inputs, targets), or one such pair of tensors; its first n · batch samples are
-    used in order, so shuffle it to draw other ones. `loss(output, target)` must be a mean over samples.
+    used in order, so shuffle it to draw other ones. Inputs (and targets) are tensors with one row per sample, or a
+    tuple of them, the model's arguments, or a dict, its keyword arguments; NumPy arrays are taken as tensors.
+
+    Row i is the gradient of loss(model(inputs of mini-batch i), targets), whatever the loss is; with
+    ``reduction="sum"`` that is the sum over the mini-batch. Curvature and first-order terms built on A take it for a
+    mean over samples, and only such a loss can be added up from parts where a row does not fit `memory_limit`. The
+    first rows are compared with autograd before the fast methods are used for all (see `GradientOptions.method`).
+
     The model must be in eval mode: batch norm is frozen, as in A = [∇l₁(w̄), …, ∇lₙ(w̄)]ᵀ of the paper.
-    Raises ValueError for a model in training mode, tied or frozen weights, n < 1, too little data or a
-    gradient that is not finite, MemoryError (before anything is allocated) where A does not fit.
+    Raises ValueError for a model in training mode, tied or frozen weights, n < 1, too little data, data that the model
+    or the loss cannot take, or a gradient that is not finite; MemoryError (before anything is allocated) where A does
+    not fit. Under torch.distributed all ranks raise what one of them raises.
     """
     options = options or GradientOptions()
+    with agreed(), torch.enable_grad():
+        n, batch = _count(n), _count(batch)
+        layout = _checked(model, n, batch, prunable)
+        first, last = _rank_rows(n)
+        if options.path is not None:
+            checked_path(options.path)
+        check_room(last - first if options.path is None else n, layout.numel, options)
+        pairs = after(as_loader(data), first * batch)
+        head = taken(pairs, min(last - first, PROBE) * batch)
+        if not head and not first and last:
+            raise ValueError("the data is empty")
+        plan = _plan(model, loss, layout, batch, head, options)
+    parts = mini_batches(chain(head, pairs), 0, (last - first) * batch, plan.rows * batch if plan else 1)
+    with _storage(n, first, last, layout.numel, options) as (A, own):
+        cost = _cost(n, layout.numel, batch, options)
+        with agreed(), torch.enable_grad(), watching(options.progress, lambda: cost) as watch:
+            chunks = _Counted(parts, -(-(last - first) // (plan.rows if plan else 1)))
+            total = _fill(own, model, loss, layout, batch, plan, watch(chunks, "gradients"), first)
+        if last > first:
+            _name_untouched(own, layout)
+    average = ranks.mean(total, last - first)
+    return Gradients(A, layout.flatten(model).cpu(), layout, batch, average, 0 if A.shape[0] == n else first, n)
+
+
+def _count(number: int) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise ValueError(f"n or batch is {number!r}: both are whole numbers of at least 1") from None
+
+
+def _checked(model: nn.Module, n: int, batch: int, prunable: Predicate) -> WeightLayout:
     if n < 1 or batch < 1:
         raise ValueError(f"n = {n} mini-batches of {batch} samples: both must be at least 1")
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
@@ -106,31 +133,79 @@ def gradients(
             f"the model is in training mode ({training[0]}): per-sample gradients need frozen batch norm "
             "and no dropout. Call model.eval() first."
         )
-    layout = WeightLayout.of(model, prunable)
-    first, last = _rank_rows(n)
-    check_room(last - first if options.path is None else n, layout.numel, options)
-    pairs = iter(as_loader(data))
-    head = next(pairs, None)
-    if head is None or len(head) != 2:
-        raise ValueError("the data is empty" if head is None else f"a batch has {len(head)} parts: (inputs, targets)")
+    return WeightLayout.of(model, prunable)
+
+
+def _plan(
+    model: nn.Module, loss: Loss, layout: WeightLayout, batch: int, head: list[Any], options: GradientOptions
+) -> Plan | None:
+    """How to compute the rows, tried on the first; None where there is not one."""
+    rows = min(PROBE, sum(samples(inputs) for inputs, _ in head) // batch)
+    if rows == 0:
+        return None
     device = next(model.parameters()).device
-    plan = _plan(model, layout, options, batch, head[0][:1].to(device))
-    parts = mini_batches(chain([head], pairs), first * batch, (last - first) * batch, plan.rows * batch)
-    rows_done, total = 0, 0.0
-    with _storage(n, first, last, layout.numel, options) as (A, own):
-        for inputs, targets in _with_progress(parts, last - first, batch, layout.numel, options):
-            rows = inputs.shape[0] // batch
-            values, mean = plan.compute(model, loss, layout, inputs.to(device), targets.to(device), rows)
-            if not bool(torch.isfinite(values.sum())):  # one pass; a mask of all values would take three
-                for bad in (~torch.isfinite(values)).any(dim=1).nonzero().flatten().tolist()[:1]:
-                    raise ValueError(
-                        f"the gradient of mini-batch {bad + first + rows_done} is not finite: the loss overflows on it"
-                    )
-            own[rows_done : rows_done + rows] = values.to(A.dtype)
-            rows_done, total = rows_done + rows, total + float(mean) * rows
-        _name_untouched(own, layout)
-    average = ranks.mean(total, rows_done)
-    return Gradients(A, layout.flatten(model).cpu(), layout, batch, average, 0 if A.shape[0] == n else first, n)
+    inputs, targets = next(mini_batches(head, 0, rows * batch, rows * batch))
+    inputs, targets = (mapped(lambda t: t.to(device), part) for part in (inputs, targets))
+    return make_plan(Probe(model, loss, layout, inputs, targets, rows, batch), options)
+
+
+def _fill(
+    own: Tensor,
+    model: nn.Module,
+    loss: Loss,
+    layout: WeightLayout,
+    batch: int,
+    plan: Plan | None,
+    parts: Iterable[Any],
+    first: int,
+) -> float:
+    """Compute this rank's rows of A; returns the sum of their losses."""
+    device, done, total = next(model.parameters()).device, 0, 0.0
+    for part in parts:
+        assert plan is not None
+        inputs, targets = (mapped(lambda t: t.to(device), tree) for tree in part)
+        rows = samples(inputs) // batch
+        try:
+            found, mean = plan.compute(model, loss, layout, inputs, targets, rows)
+        except Exception as error:
+            why = explanation(model, loss, inputs, targets)
+            if why is None:
+                raise
+            raise ValueError(f"mini-batches {first + done} to {first + done + rows - 1}: {why}") from error
+        block = own[done : done + rows]
+        for piece, columns in zip(found, block.split(layout.sizes, dim=1), strict=True):
+            columns.copy_(piece.reshape(rows, -1))
+        # a sum is not finite as soon as one value is not, and takes no mask of all values
+        if not bool(torch.isfinite(torch.stack([piece.sum() for piece in found]).sum())):
+            for bad in (~torch.isfinite(block)).any(dim=1).nonzero().flatten().tolist()[:1]:
+                raise ValueError(
+                    f"the gradient of mini-batch {bad + first + done} is not finite: the loss overflows on it"
+                )
+        done, total = done + rows, total + float(mean) * rows
+    return total
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Chunks and how many there will be, for the bar."""
+
+    parts: Iterator[Any]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.parts
+
+
+def _cost(rows: int, p: int, batch: int, options: GradientOptions) -> str:
+    size = rows * p * torch.empty(0, dtype=options.dtype).element_size()
+    where = "in memory" if options.path is None else f"in {os.fspath(options.path)}"
+    return (
+        f"gradients: {rows} rows × {p:,} weights, {size / 2**30:.2f} GiB {where}; "
+        f"{rows * batch:,} samples forward and backward"
+    )
 
 
 def _name_untouched(A: Tensor, layout: WeightLayout) -> None:
@@ -164,11 +239,14 @@ def _storage(n: int, first: int, last: int, p: int, options: GradientOptions) ->
     # NumPy has no bfloat16: its bits are stored as int16 and viewed
     kind = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.int16}[options.dtype]
 
-    def mapped(mode: Literal["w+", "r+"]) -> Tensor:
-        return torch.from_numpy(np.memmap(part, dtype=kind, mode=mode, shape=(n, p))).view(options.dtype)
+    def on_disk(mode: Literal["w+", "r+"]) -> Tensor:
+        try:
+            return torch.from_numpy(np.memmap(part, dtype=kind, mode=mode, shape=(n, p))).view(options.dtype)
+        except OSError as error:
+            raise ValueError(f"A cannot be written to {path}: {error.strerror or error}") from error
 
     try:
-        A = ranks.in_turn(lambda: mapped("w+"), lambda: mapped("r+"))
+        A = ranks.in_turn(lambda: on_disk("w+"), lambda: on_disk("r+"))
         yield A, A[first:last]
         ranks.meet()
         if ranks.world()[0] == 0:
@@ -177,139 +255,3 @@ def _storage(n: int, first: int, last: int, p: int, options: GradientOptions) ->
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How the rows are computed, and how many of them at once."""
-
-    rows: int
-    compute: Callable[[nn.Module, Loss, WeightLayout, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-
-
-def _plan(model: nn.Module, layout: WeightLayout, options: GradientOptions, batch: int, sample: Tensor) -> _Plan:
-    method, limit = _method(model, layout, options.method, batch), options.memory_limit
-    per_sample = max(1, sample_bytes(model, sample))
-    if options.method == "auto" and batch > 1 and batch * per_sample > limit:
-        method = "loop"
-    if method == "loop":
-        return _Plan(1, partial(_rows_by_loop, together=max(1, min(batch, limit // per_sample))))
-    # Room for the p gradients of a row a few times over. Chunks beyond the processor's caches were measured slower.
-    convolutional = any(len(shape) > 2 for shape in layout.shapes)
-    fitting = limit // (12 * layout.numel + batch * per_sample)
-    rows = max(1, min(fitting, (32 if convolutional else 1024) // batch))
-    return _Plan(rows, rows_by_layer if method == "layers" else _rows_by_vmap)
-
-
-def _method(model: nn.Module, layout: WeightLayout, wanted: Method, batch: int) -> str:
-    if wanted != "auto":
-        return wanted
-    convolutional = any(len(shape) > 2 for shape in layout.shapes)
-    if convolutional:  # a row that averages many images is one ordinary backward pass, which multiplies them out faster
-        return "loop" if batch >= 8 else "vmap"
-    return "layers" if covers(model, layout) else "vmap"
-
-
-def mini_batches(pairs: Iterable[Pair], skip: int, count: int, step: int) -> Iterator[Pair]:
-    """Cut the samples skip … skip + count of the data into pairs of at most `step` samples."""
-    waiting: list[Pair] = []
-    held = 0
-    for inputs, targets in pairs:
-        if inputs.shape[0] != targets.shape[0]:
-            raise ValueError(f"the loader gives {inputs.shape[0]} inputs with {targets.shape[0]} targets")
-        if skip >= inputs.shape[0]:
-            skip -= inputs.shape[0]
-            continue
-        if skip:
-            inputs, targets, skip = inputs[skip:], targets[skip:], 0
-        if waiting and inputs.shape[1:] != waiting[0][0].shape[1:]:
-            shapes = tuple(waiting[0][0].shape[1:]), tuple(inputs.shape[1:])
-            raise ValueError(f"the loader gives samples of shape {shapes[0]} and then of {shapes[1]}")
-        waiting.append((inputs, targets))
-        held += inputs.shape[0]
-        while held >= step or (0 < count <= held):
-            x, y = waiting[0]
-            if len(waiting) > 1:
-                x, y = torch.cat([pair[0] for pair in waiting]), torch.cat([pair[1] for pair in waiting])
-            take = min(step, count)
-            yield x[:take], y[:take]
-            count, held, waiting = count - take, x.shape[0] - take, [(x[take:], y[take:])]
-            if count == 0:
-                return
-    raise ValueError(f"the data ended {count - held} samples too early: give more data, or lower n or batch")
-
-
-def is_pair(data: object) -> TypeGuard[Pair]:
-    """Whether the data is one pair of tensors (inputs, targets) rather than a loader of such pairs."""
-    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
-
-
-def as_loader(data: Pair | Iterable[Pair]) -> Iterable[Pair]:
-    """The data as a loader: one pair of tensors is a loader of one batch."""
-    return [data] if is_pair(data) else cast(Iterable[Pair], data)
-
-
-def _with_progress(parts: Iterator[Pair], rows: int, batch: int, p: int, options: GradientOptions) -> Iterator[Pair]:
-    if not (sys.stderr.isatty() if options.progress is None else options.progress):
-        yield from parts
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    size = rows * p * torch.empty(0, dtype=options.dtype).element_size() / 2**30
-    where = "in memory" if options.path is None else f"in {os.fspath(options.path)}"
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        bar.console.print(
-            f"gradients: {rows} rows × {p:,} weights, {size:.2f} GiB {where}; "
-            f"{rows * batch:,} samples forward and backward"
-        )
-        task = bar.add_task("gradients", total=rows * batch)
-        for inputs, targets in parts:
-            yield inputs, targets
-            bar.advance(task, inputs.shape[0])
-
-
-def _rows_by_vmap(
-    model: nn.Module, loss: Loss, layout: WeightLayout, inputs: Tensor, targets: Tensor, rows: int
-) -> tuple[Tensor, Tensor]:
-    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    wanted = {name: state[name] for name in layout.names}
-
-    def value(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(torch.func.functional_call(model, {**state, **weights}, (x,)), y)
-
-    x = inputs.contiguous().reshape(rows, -1, *inputs.shape[1:])
-    y = targets.reshape(rows, -1, *targets.shape[1:])
-    try:
-        grads, values = torch.func.vmap(torch.func.grad_and_value(value), in_dims=(None, 0, 0))(wanted, x, y)
-    except RuntimeError as error:
-        by_layer = covers(model, layout)
-        instead = "products layer by layer" if by_layer else "one backward pass per row"
-        warnings.warn(f"vmap cannot take this model, {instead} instead: {error}", stacklevel=3)
-        return (rows_by_layer if by_layer else _rows_by_loop)(model, loss, layout, inputs, targets, rows)
-    return torch.cat([grads[name].reshape(rows, -1) for name in layout.names], dim=1), values.mean()
-
-
-def _rows_by_loop(
-    model: nn.Module,
-    loss: Loss,
-    layout: WeightLayout,
-    inputs: Tensor,
-    targets: Tensor,
-    rows: int,
-    together: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One backward pass per row, or several where only so many samples fit `together`."""
-    parameters = dict(model.named_parameters())
-    wanted = [parameters[name] for name in layout.names]
-    out, total = [], 0.0
-    for x, y in zip(inputs.chunk(rows), targets.chunk(rows), strict=True):
-        size = together or len(x)
-        row = torch.zeros(())
-        for part, target in zip(x.split(size), y.split(size), strict=True):
-            value = loss(model(part), target) * (len(part) / len(x))
-            found = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
-            row = row + torch.cat([g.reshape(-1) for g in found])
-            total += float(value.detach())
-        out.append(row)
-    return torch.stack(out), torch.tensor(total / rows)

@@ -8,30 +8,31 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from espalier.curvature.fisher import Fisher, check_damping
+from espalier.curvature.fisher import DampedInverse, Fisher
 from espalier.curvature.matrix import working_dtype
+from espalier.curvature.memory import check_store
 
 
 @dataclass(frozen=True)
-class MatrixFreeInverse:
+class MatrixFreeInverse(DampedInverse):
     """F⁻¹ as n rank-one corrections of I/λ, as published in M-FAC (Frantar et al. 2021).
 
     >>> MatrixFreeInverse(torch.eye(2), damping=0.5) @ torch.ones(2)
     tensor([1., 1.])
 
     vᵢ = F⁻¹ᵢ₋₁gᵢ and F⁻¹ᵢx = F⁻¹ᵢ₋₁x − vᵢ(vᵢᵀx)/(n + gᵢᵀvᵢ): O(n²p) in n sequential steps and a second
-    n × p store. Kept as the baseline; `DualInverse` gives the same numbers faster.
+    n × p store, in memory even where A is mapped: MemoryError, before, where it does not fit. Kept as the baseline;
+    `DualInverse` gives the same numbers faster and without that store.
     """
 
     A: Tensor
     damping: float
 
-    def __post_init__(self) -> None:
-        check_damping(self.A, self.damping)
-
     @cached_property
     def _recursion(self) -> tuple[Tensor, Tensor]:
         n, dtype = self.A.shape[0], working_dtype(self.A)
+        store = self.A.numel() * dtype.itemsize
+        check_store(store, "the recursion's own store, as large as A,", "use DualInverse, which gives the same numbers")
         V = torch.empty(self.A.shape, dtype=dtype)
         scale = torch.empty(n, dtype=dtype)
         for i in range(n):

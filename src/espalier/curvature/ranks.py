@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from espalier.curvature.watch import agreed
+
 
 def world() -> tuple[int, int]:
     """This process and how many there are; (0, 1) without torch.distributed.
@@ -31,17 +33,30 @@ def rows_of(n: int, rank: int, ranks: int) -> tuple[int, int]:
 
 def in_turn(make: Callable[[], Tensor], join: Callable[[], Tensor]) -> Tensor:
     """Rank 0 makes something that all share (a file), the others join once it is there."""
-    rank, ranks = world()
-    made = make() if rank == 0 else None
-    if ranks > 1:
-        dist.barrier()
-    return join() if made is None else made
+    rank, _ = world()
+    with agreed():
+        made = make() if rank == 0 else None
+    with agreed():
+        return join() if made is None else made
 
 
 def meet() -> None:
     """Wait until every rank is here."""
     if world()[1] > 1:
         dist.barrier()
+
+
+def everywhere(true: bool) -> bool:
+    """Whether it is true on every rank.
+
+    >>> everywhere(True)
+    True
+    """
+    if world()[1] == 1:
+        return true
+    share = torch.tensor([float(true)], dtype=torch.float64)
+    dist.all_reduce(share, dist.ReduceOp.MIN)
+    return bool(share)
 
 
 def gather(rows: Tensor, n: int) -> Tensor:

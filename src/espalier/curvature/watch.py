@@ -61,10 +61,13 @@ def _rank() -> int:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """An error on one process is an error on all, rather than a wait for sums that never come.
+    """An error on one process is the same error on all, rather than a wait for sums that never come.
 
     >>> with agreed():
     ...     pass
+
+    Every process must come through here as often as the others. Where one of them has failed, the others raise its
+    error too: of the same type where that is a usual one, else a RuntimeError, and with its number before the text.
     """
     problem: Exception | None = None
     try:
@@ -75,7 +78,21 @@ def agreed() -> Iterator[None]:
         gpu = torch.distributed.get_backend() == "nccl"
         failed = torch.tensor([int(problem is not None)], device="cuda" if gpu else "cpu")
         torch.distributed.all_reduce(failed)
-        if problem is None and int(failed):
-            raise RuntimeError(f"{int(failed)} of the other processes could not use their calibration data: see there")
+        if int(failed):
+            problem = _first_of_all(problem)
     if problem is not None:
         raise problem
+
+
+_KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, MemoryError, RuntimeError)}
+
+
+def _first_of_all(problem: Exception | None) -> Exception:
+    """This process's own error, else that of the first process that has one."""
+    mine = None if problem is None else (type(problem).__name__, str(problem))
+    found: list[tuple[str, str] | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    if problem is not None:
+        return problem
+    rank, (kind, text) = next((rank, said) for rank, said in enumerate(found) if said is not None)
+    return _KINDS.get(kind, RuntimeError)(f"process {rank} of {len(found)}: {text}")

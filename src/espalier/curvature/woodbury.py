@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from espalier.curvature.fisher import check_damping
+from espalier.curvature.fisher import DampedInverse
 from espalier.curvature.matrix import working_dtype
 
 
 @dataclass(frozen=True)
-class BlockWoodburyInverse:
+class BlockWoodburyInverse(DampedInverse):
     """Inverse of the diagonal blocks of F = AᵀA/n + λI, each c consecutive weights.
 
     >>> BlockWoodburyInverse(torch.eye(2), damping=0.5, block=1) @ torch.ones(2)
@@ -22,20 +23,22 @@ class BlockWoodburyInverse:
     `block`: the largest block size c; `sizes`: lengths of the tensors (blocks do not cross them), by default
     one tensor of p weights. WoodFisher reaches the same inverse by n rank-one Sherman-Morrison updates per
     block, O(n c²) sequential; here each block is one Cholesky factor of c × c, or of n × n where n < c
-    (Woodbury). Singh & Alistarh (2020), equation 5.
+    (Woodbury). The factors, together as large as A where c ≥ n, are kept between products while they take at most
+    `memory_limit` bytes, and otherwise computed block by block for each. Singh & Alistarh (2020), equation 5.
     """
 
     A: Tensor
     damping: float
     block: int = 2000
     sizes: tuple[int, ...] | None = None
+    memory_limit: int = 1 << 30
 
     def __post_init__(self) -> None:
-        A = check_damping(self.A, self.damping)
+        super().__post_init__()
         if self.block < 1:
             raise ValueError(f"block = {self.block}: a block holds at least one weight")
-        if self.sizes is not None and sum(self.sizes) != A.shape[1]:
-            raise ValueError(f"sizes sum to {sum(self.sizes)}, but A has {A.shape[1]} columns")
+        if self.sizes is not None and sum(self.sizes) != self.A.shape[1]:
+            raise ValueError(f"sizes sum to {sum(self.sizes)}, but A has {self.A.shape[1]} columns")
 
     @cached_property
     def blocks(self) -> list[slice]:
@@ -47,26 +50,42 @@ class BlockWoodburyInverse:
             start += size
         return out
 
+    @property
+    def _factors(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each block's columns and factor: kept where all factors together fit, else computed anew."""
+        if self._kept is not None:
+            return zip(self.blocks, self._kept, strict=True)
+        return ((part, self._factor(part)) for part in self.blocks)
+
     @cached_property
-    def _factors(self) -> list[Tensor]:
-        """Per block, M with F⁻¹ = (I − MᵀM)/λ, M = L⁻¹A (n × c), or the c × c inverse where c ≤ n."""
+    def _kept(self) -> list[Tensor] | None:
         n, dtype = self.A.shape[0], working_dtype(self.A)
-        out = []
-        for part in self.blocks:
-            a = self.A[:, part].double()
-            c = a.shape[1]
-            if c <= n:
-                F = a.t() @ a / n + self.damping * torch.eye(c, dtype=torch.float64)
-                out.append(torch.cholesky_inverse(torch.linalg.cholesky(F)).to(dtype))
-            else:
-                K = a @ a.t() + n * self.damping * torch.eye(n, dtype=torch.float64)
-                out.append(torch.linalg.solve_triangular(torch.linalg.cholesky(K), a, upper=False).to(dtype))
-        return out
+        widths = [part.stop - part.start for part in self.blocks]
+        sizes = [min(n, c) * c for c in widths]
+        if sum(sizes) * dtype.itemsize > self.memory_limit:
+            return None
+        store = torch.empty(sum(sizes), dtype=dtype)  # one for all: small ones between scratch would leave gaps
+        # column by column, as LAPACK returns them
+        kept = [piece.view(c, -1).t() for piece, c in zip(store.split(sizes), widths, strict=True)]
+        for part, M in zip(self.blocks, kept, strict=True):
+            M.copy_(self._factor(part))
+        return kept
+
+    def _factor(self, part: slice) -> Tensor:
+        """M with F⁻¹ = (I − MᵀM)/λ, M = L⁻¹A (n × c), or the c × c inverse where c ≤ n."""
+        n, dtype = self.A.shape[0], working_dtype(self.A)
+        a = self.A[:, part].double()
+        c = a.shape[1]
+        if c <= n:
+            F = a.t() @ a / n + self.damping * torch.eye(c, dtype=torch.float64)
+            return torch.cholesky_inverse(torch.linalg.cholesky(F)).to(dtype)
+        K = a @ a.t() + n * self.damping * torch.eye(n, dtype=torch.float64)
+        return torch.linalg.solve_triangular(torch.linalg.cholesky(K), a, upper=False).to(dtype)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         v = v.to(working_dtype(self.A))
         out = []
-        for part, M in zip(self.blocks, self._factors, strict=True):
+        for part, M in self._factors:
             x = v[part]
             out.append(M @ x if M.shape[0] == M.shape[1] == len(x) else (x - M.t() @ (M @ x)) / self.damping)
         return torch.cat(out)
@@ -74,9 +93,9 @@ class BlockWoodburyInverse:
     def diag(self) -> Tensor:
         """Diagonal of the inverse, [p]."""
         out = []
-        for part, M in zip(self.blocks, self._factors, strict=True):
+        for part, M in self._factors:
             c = part.stop - part.start
-            out.append(M.diagonal() if c <= self.A.shape[0] else (1 - M.square().sum(0)) / self.damping)
+            out.append(M.diagonal().clone() if c <= self.A.shape[0] else (1 - M.square().sum(0)) / self.damping)
         return torch.cat(out)
 
     def solve(self, v: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """One-shot selection of what stays."""
 
+from espalier.select.cbs import CBSOptions as CBSOptions
 from espalier.select.cbs import cbs as cbs
 from espalier.select.chita import chita as chita
+from espalier.select.exchange import ExchangeOptions as ExchangeOptions
 from espalier.select.families import prune_structures as prune_structures
 from espalier.select.gradual import GradualOptions as GradualOptions
 from espalier.select.gradual import GradualPruner as GradualPruner
 from espalier.select.gradual import weight_selector as weight_selector
+from espalier.select.iht import IHTOptions as IHTOptions
 from espalier.select.magnitude import magnitude as magnitude
 from espalier.select.masking import hold_masks as hold_masks
 from espalier.select.masking import zero_masks as zero_masks

@@ -20,6 +20,7 @@ from espalier.batchnorm import recalibrate
 from espalier.curvature.gradients import GradientOptions, gradients
 from espalier.curvature.layout import WeightLayout, convolution_and_linear
 from espalier.curvature.per_layer import Loss
+from espalier.curvature.watch import watching
 from espalier.errors import BudgetError, SpaceError
 from espalier.select.dual import DualState
 from espalier.select.multistage import draw, inputs_of
@@ -36,7 +37,7 @@ from espalier.space.structure import Slices
 class FamilyOptions:
     """n, batch, ridge: gradients, samples in each, λ. recalibrate: samples for new batch norm statistics, 0 for none.
     search: sweeps and exchanges of the search. depth: how far the elimination goes, as a share of the cost of all
-    structures that the budget would leave if costs added up.
+    structures that the budget would leave if costs added up. gradient.progress: show bars over the search too.
     """
 
     n: int = 300
@@ -93,24 +94,26 @@ def prune_structures(
     problem = Problem.of(found.A, None, found.w_bar, options.ridge)
     costs = plan.costs(space, budget)
     members = members_of(plan.group, len(plan.names))
-    state = DualState.of(problem, torch.ones(problem.p, dtype=torch.bool))
-    state.solve()
-    full = {"structures": len(space), **vars(space.reachable_cost(()))}
-    share = min(bound / full[kind] for kind, bound in budget.bounds(full).items())
-    fixed = float(costs.sum()) * share * options.depth
-    order = eliminate(state, members, costs, fixed, options.search, plan.family)
-    rest = [g for g in range(len(plan.names)) if g not in set(order)]
-    removed = meet(space, [plan.names[g] for g in (*order, *rest)], budget)
-    gone = set(removed)
-    kept = torch.tensor([name not in gone for name in plan.names])
-    if options.search.exchanges:
-        start = plan.without(plan.group, kept)
-        state = DualState.of(problem, start)
+    cost = f"{len(plan.names):,} structures of {problem.p:,} weights; each round reads A about twice"
+    with watching(options.gradient.progress, lambda: cost) as watch:
+        state = DualState.of(problem, torch.ones(problem.p, dtype=torch.bool))
         state.solve()
-        kept, _ = exchange_alike(state, members, kept, plan.family, options.search)
-        chosen = [name for name, stays in zip(plan.names, kept.tolist(), strict=True) if not stays]
-        removed = chosen + [name for name in removed if name not in set(plan.names)]
-        removed = removed if space.is_valid(removed) else list(gone)
+        full = {"structures": len(space), **vars(space.reachable_cost(()))}
+        share = min(bound / full[kind] for kind, bound in budget.bounds(full).items())
+        fixed = float(costs.sum()) * share * options.depth
+        order = eliminate(state, members, costs, fixed, options.search, plan.family, watch)
+        rest = [g for g in range(len(plan.names)) if g not in set(order)]
+        removed = meet(space, [plan.names[g] for g in (*order, *rest)], budget)
+        gone = set(removed)
+        kept = torch.tensor([name not in gone for name in plan.names])
+        if options.search.exchanges:
+            start = plan.without(plan.group, kept)
+            state = DualState.of(problem, start)
+            state.solve()
+            kept, _ = exchange_alike(state, members, kept, plan.family, options.search, watch)
+            chosen = [name for name, stays in zip(plan.names, kept.tolist(), strict=True) if not stays]
+            removed = chosen + [name for name in removed if name not in set(plan.names)]
+            removed = removed if space.is_valid(removed) else list(gone)
     weights, value = plan.refit(problem, kept)
     found.layout.write(model, weights)
     if options.recalibrate:
@@ -155,7 +158,7 @@ class Plan:
         aim = torch.where(stays & ~present, torch.zeros((), dtype=problem.w_bar.dtype), problem.w_bar)
         state = DualState.of(replace(problem, w_bar=aim), stays & present)
         state.solve()
-        weights = torch.where(stays & present, state.potential(), problem.w_bar)
+        weights = torch.where(stays & present, state.weights(), problem.w_bar)
         return torch.where(stays, weights, torch.zeros((), dtype=weights.dtype)), state.objective
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from espalier.curvature.matrix import columns, matvec, rmatvec
+from espalier.curvature.watch import Watch, unwatched
 from espalier.select.dual import DualState
 from espalier.select.linesearch import exact_line_search
 from espalier.select.patterns import Quota
@@ -32,7 +33,7 @@ class IHTOptions:
     refit: bool = True
 
 
-def iht(problem: Problem, quota: Quota, options: IHTOptions | None = None) -> Result:
+def iht(problem: Problem, quota: Quota, options: IHTOptions | None = None, watch: Watch = unwatched) -> Result:
     """Solve problem (5) as CHITA does: w ← P_k(w − τ∇Q(w)) with the best τ ≥ 0, until nothing changes.
 
     >>> from espalier.select.patterns import cardinality
@@ -50,7 +51,7 @@ def iht(problem: Problem, quota: Quota, options: IHTOptions | None = None) -> Re
     best, best_value = w, problem.objective(w)
     history, steps, proven = [best_value], 0, 0
     active = support
-    for round_ in range(options.rounds):
+    for round_ in watch(range(options.rounds), "active sets"):
         g = _gradient(problem, w)
         wanted = _wanted(problem, quota, w, g, grow=options.active if round_ == 0 else 1.0)
         active = active | wanted
@@ -60,7 +61,7 @@ def iht(problem: Problem, quota: Quota, options: IHTOptions | None = None) -> Re
         if options.refit:
             state = DualState.of(problem, w != 0)
             state.solve()
-            refitted = torch.where(state.support, state.potential(), torch.zeros((), dtype=w.dtype))
+            refitted = state.weights()
             value = state.objective
             if not values or value <= values[-1]:
                 w, values = refitted, [*values, value]

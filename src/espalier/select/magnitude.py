@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from espalier.curvature.layout import WeightLayout
-from espalier.select.patterns import Quota, cardinality, count_of
+from espalier.select.inputs import Array, Count, quota_of, vector_of
+from espalier.select.patterns import Quota, count_of
 from espalier.select.result import Result
 
 
-def magnitude(w_bar: Tensor, k: int | Quota) -> Result:
+def magnitude(w_bar: Array, k: Count) -> Result:
     """Keep the k largest |w̄|, or within each cell of a quota its largest; the weights are not changed.
 
     >>> magnitude(torch.tensor([1.0, -3.0, 2.0]), 2).weights
     tensor([ 0., -3.,  2.])
     """
-    if not bool(torch.isfinite(w_bar).all()):
-        raise ValueError("w_bar holds NaN or infinity")
-    quota = cardinality(k, len(w_bar)) if isinstance(k, int) else k
+    w_bar = vector_of("w_bar", w_bar, len(w_bar), "columns")
+    quota = quota_of(k, len(w_bar))
     support = quota.project(w_bar.abs())
     return Result(torch.where(support, w_bar, torch.zeros((), dtype=w_bar.dtype)), support, float("nan"))
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from espalier.batchnorm import recalibrate
-from espalier.curvature.gradients import GradientOptions, Gradients, as_loader, gradients, is_pair
+from espalier.curvature.batches import Tree, as_loader, is_pair, mapped, pair_of, samples
+from espalier.curvature.gradients import GradientOptions, Gradients, gradients
 from espalier.curvature.layout import Predicate, WeightLayout, convolution_and_linear
 from espalier.curvature.matrix import dead_columns
 from espalier.curvature.per_layer import Loss
@@ -92,8 +93,8 @@ class StageOptions:
                 f"stages={self.stages}, n={self.n}, batch={self.batch}, recalibrate={self.recalibrate}: the last is at "
                 "least 0, the others at least 1"
             )
-        if not 0 <= self.ridge < math.inf:
-            raise ValueError(f"ridge={self.ridge}: λ is a number, and at least 0")
+        if not 0 < self.ridge < math.inf:
+            raise ValueError(f"ridge={self.ridge}: λ is a number above 0")
 
 
 def chita_plus_plus(
@@ -161,7 +162,8 @@ def in_stages(
                 raise ValueError(f"stage {stage} of {len(steps)}: {error}") from error
             k = count_of(density, layout.numel)
             quota = keep(layout, density) if callable(keep) else cardinality(k, layout.numel)
-            result = prune_once(found.A, found.w_bar, quota, options, mine)
+            with watching(inner.progress, lambda kept=quota.kept: f"{kept:,} of {layout.numel:,} weights") as rounds:
+                result = prune_once(found.A, found.w_bar, quota, options, mine, rounds)
             found.layout.write(model, result.weights)
             if options.recalibrate:
                 recalibrate(model, inputs_of(sample), options.recalibrate)
@@ -201,18 +203,25 @@ def _stepped(
     """The stage's result after its steps on the support."""
     steps = options.steps
     wanted = steps.count * steps.batch
-    fresh = draw(data, min(wanted, len(data[0])) if is_pair(data) else wanted, generator)
+    fresh = draw(data, min(wanted, samples(data[0])) if is_pair(data) else wanted, generator)
     batches = in_batches(as_loader(fresh), steps.count, steps.batch)
     step_on_support(model, loss, batches, found, result.support, options.ridge, steps.sizes, steps.autocast)
     return replace(result, weights=found.layout.flatten(model).cpu())
 
 
-def inputs_of(data: Data) -> Tensor | Iterable[Tensor]:
-    """The inputs without the targets."""
-    return data[0] if is_pair(data) else (inputs for inputs, _ in as_loader(data))
+def inputs_of(data: Data) -> Iterable[Tree]:
+    """Batches of the inputs without the targets."""
+    return (pair_of(batch)[0] for batch in as_loader(data))
 
 
-def prune_once(A: Tensor, w_bar: Tensor, quota: Quota, options: StageOptions, mine: Tensor | None = None) -> Result:
+def prune_once(
+    A: Tensor,
+    w_bar: Tensor,
+    quota: Quota,
+    options: StageOptions,
+    mine: Tensor | None = None,
+    watch: Watch = unwatched,
+) -> Result:
     """One stage on given gradients; the quota is over the weights that `mine`, bool [p], names (None: over all)."""
     dead = dead_columns(A) if options.drop_dead else torch.zeros(A.shape[1], dtype=torch.bool)
     if mine is not None:
@@ -221,7 +230,7 @@ def prune_once(A: Tensor, w_bar: Tensor, quota: Quota, options: StageOptions, mi
     problem = Problem.of(A, None, aim, options.ridge)
     if options.first_order:  # b = Aw̄ − e/m, given as the residual itself
         problem = replace(problem, residual=problem.residual - 1.0 / options.batch)
-    return solve(problem, quota, options.solver)
+    return solve(problem, quota, options.solver, watch=watch)
 
 
 def _any_trainable(prunable: Predicate) -> Predicate:
@@ -229,14 +238,14 @@ def _any_trainable(prunable: Predicate) -> Predicate:
 
 
 def draw(data: Data, count: int, generator: torch.Generator) -> Data:
-    """`count` samples: fresh ones of a pair of tensors; a loader is passed on and shuffles by itself."""
+    """`count` samples: fresh ones of a pair (inputs, targets); a loader is passed on and shuffles by itself."""
     if not is_pair(data):
         return data
-    inputs, targets = data
-    if len(inputs) < count:
-        raise ValueError(f"a stage needs n · batch = {count} samples, but the data has {len(inputs)}")
-    index = torch.randperm(len(inputs), generator=generator)[:count]
-    return inputs[index], targets[index]
+    inputs, targets = pair_of(data)
+    if samples(inputs) < count:
+        raise ValueError(f"a stage needs n · batch = {count} samples, but the data has {samples(inputs)}")
+    index = torch.randperm(samples(inputs), generator=generator)[:count]
+    return mapped(lambda t: t[index], inputs), mapped(lambda t: t[index], targets)
 
 
 def _repeats(data: Data) -> bool:

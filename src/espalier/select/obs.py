@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from espalier.select.patterns import Quota
-from espalier.select.problem import Problem
+from espalier.select.problem import Problem, largest_square, too_small
 from espalier.select.result import Result, finish
 
 
@@ -26,7 +26,10 @@ def brain_surgeon(problem: Problem, quota: Quota, inverse: Inverse) -> Result:
     w ← w̄ − F⁻¹s with sⱼ = wⱼ/[F⁻¹]ⱼⱼ for the removed weights; what was removed is then set to zero. The
     corrections ignore each other, which is what the joint refit of CHITA does better.
     """
-    diag = inverse.diag().to(problem.w_bar.dtype)
+    try:
+        diag = inverse.diag().to(problem.w_bar.dtype)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(too_small(problem, largest_square(problem.A))) from error
     score = problem.w_bar.square() / (2 * diag)
     support = quota.project(score)
     removed = torch.where(support, torch.zeros((), dtype=score.dtype), problem.w_bar / diag)

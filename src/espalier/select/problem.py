@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import SupportsFloat
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from espalier.curvature.matrix import as_matrix, chunks, surely_finite, working_dtype
+from espalier.curvature.matrix import chunks, surely_finite, working_dtype
+from espalier.select.inputs import Array, matrix_of, ridge_of, vector_of
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,14 @@ class Problem:
     ridge: float
 
     @classmethod
-    def of(cls, A: Tensor | np.ndarray, b: Tensor | None, w_bar: Tensor, ridge: float) -> Problem:
+    def of(cls, A: Array, b: Array | None, w_bar: Array, ridge: SupportsFloat) -> Problem:
         """Check the data; `b = None` means b = Aw̄, that is, no first-order term."""
-        A = as_matrix(A)
+        A, ridge = matrix_of(A), ridge_of(ridge)
         n, p = A.shape
-        if w_bar.shape != (p,):
-            raise ValueError(f"w_bar has shape {tuple(w_bar.shape)}, but A has {p} columns")
-        if b is not None and b.shape != (n,):
-            raise ValueError(f"b has shape {tuple(b.shape)}, but A has {n} rows")
+        w_bar = vector_of("w_bar", w_bar, p, "columns")
+        b = None if b is None else vector_of("b", b, n, "rows")
         if not ridge > 0:
-            raise ValueError(
-                f"ridge λ = {ridge}: AᵀA has rank at most n = {n}, so the refit is singular without a "
-                "positive λ; 1e-5 to 1e-2 are usual"
-            )
-        for name, value in (("w_bar", w_bar), ("b", b)):
-            if value is not None and not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name} holds NaN or infinity at index {int((~torch.isfinite(value)).nonzero()[0])}")
+            raise ValueError(_no_ridge(A, ridge))
         if not surely_finite(A):
             rows = [i for i in range(n) if not bool(torch.isfinite(A[i]).all())]
             if rows:
@@ -52,7 +46,7 @@ class Problem:
         residual = torch.zeros(n, dtype=torch.float64)
         if b is not None:
             residual = b.double() - matvec64(A, w_bar)
-        return cls(A, residual, w_bar.detach().to(working_dtype(A)), float(ridge))
+        return cls(A, residual, w_bar.to(working_dtype(A)), ridge)
 
     @property
     def n(self) -> int:
@@ -76,6 +70,32 @@ class Problem:
         return float(0.5 * misfit.square().sum() + 0.5 * self.rho * delta.square().sum())
 
 
+def largest_square(A: Tensor) -> float:
+    """The largest squared norm of a column, in float64."""
+    return max(float(a.double().square().sum(0).max()) for _, a in chunks(A, 4096))
+
+
+def too_small(problem: Problem, largest: float) -> str:
+    """What to say where a refit is singular in float64; `largest`: the largest entry of A_S A_Sᵀ or A_SᵀA_S."""
+    enough = 1e-12 * largest / problem.n
+    more = f": λ ≥ {enough:.0e} would do" if 0 < enough < math.inf else ""
+    return (
+        f"ridge λ = {problem.ridge:g} is too small for the scale of A: with nλ beside A_S A_Sᵀ (n = {problem.n}, "
+        f"entries up to {largest:.1e}) the refit is singular in float64{more}"
+    )
+
+
+def _no_ridge(A: Tensor, ridge: float) -> str:
+    """Why λ must be positive even where A has full rank."""
+    n, p = A.shape
+    scale = max(float(part.abs().max()) for _, part in chunks(A, 4096))
+    enough = f"; λ = {1e-9 * scale**2:.0e} would hardly change the solution" if 0 < scale < math.inf else ""
+    return (
+        f"ridge λ = {ridge}: refits go through A_S A_Sᵀ + nλI of n × n (n = {n}, p = {p}), which is singular without a "
+        f"positive λ wherever fewer than n independent weights stay{enough}; 1e-5 to 1e-2 are usual"
+    )
+
+
 def matvec64(A: Tensor, x: Tensor) -> Tensor:
     """A x with products and sums in float64."""
     total = torch.zeros(A.shape[0], dtype=torch.float64)
@@ -85,7 +105,7 @@ def matvec64(A: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-def first_order_target(A: Tensor, w_bar: Tensor, batch: int = 1) -> Tensor:
+def first_order_target(A: Array, w_bar: Array, batch: int = 1) -> Tensor:
     """b = Aw̄ − e/m: problem (5) with the first-order term, for rows that average m samples each.
 
     >>> first_order_target(torch.eye(2), torch.ones(2))
@@ -94,16 +114,18 @@ def first_order_target(A: Tensor, w_bar: Tensor, batch: int = 1) -> Tensor:
     The paper's b = Aw̄ − e is for m = 1. A mini-batch gradient's outer product estimates 1/m of the Fisher
     matrix, so the linear term takes the same factor. Returned in float64, [n].
     """
-    return matvec64(as_matrix(A), w_bar) - 1.0 / batch
+    A = matrix_of(A)
+    return matvec64(A, vector_of("w_bar", w_bar, A.shape[1], "columns")) - 1.0 / batch
 
 
-def objective(A: Tensor, b: Tensor | None, w_bar: Tensor, w: Tensor, ridge: float) -> float:
+def objective(A: Array, b: Array | None, w_bar: Array, w: Array, ridge: float) -> float:
     """Q(w) by the plain formula in float64, row by row: independent of the solvers, for checks.
 
     >>> objective(torch.eye(2), None, torch.ones(2), torch.tensor([1.0, 0.0]), ridge=0.5)
     1.0
     """
-    w_bar, w = w_bar.double(), w.double()
+    A = matrix_of(A)
+    w_bar, w = (vector_of(name, v, A.shape[1], "columns").double() for name, v in (("w_bar", w_bar), ("w", w)))
     total = 0.5 * A.shape[0] * ridge * float(torch.sum((w - w_bar) ** 2))
     for i in range(A.shape[0]):
         row = A[i].double()

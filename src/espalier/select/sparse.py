@@ -21,7 +21,8 @@ class SparseLinear(nn.Module):
     True
 
     Input [..., in_features], output [..., out_features]. Stored are three buffers (row starts, columns, values: 8
-    bytes per nonzero in float32 and 4 per row), so that `state_dict` holds no zeros.
+    bytes per nonzero in float32 and 4 per row), so that `state_dict` holds no zeros. `torch.export` and ONNX have no
+    such layout: what they export makes the dense weight from the buffers.
     """
 
     rows: Tensor
@@ -37,14 +38,30 @@ class SparseLinear(nn.Module):
             weight = layer.weight.detach().to_sparse_csr()
         self.register_buffer("rows", weight.crow_indices().int())  # the type that the CPU's library takes
         self.register_buffer("columns", weight.col_indices().int())
-        self.register_buffer("values", weight.values())
+        self.register_buffer("values", weight.values().clone())  # no view, which no exporter takes
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return nn.functional.linear(x, self.dense(), self.bias)
         size = (self.out_features, self.in_features)
         weight = torch.sparse_csr_tensor(self.rows, self.columns, self.values, size, check_invariants=False)
         y = (weight @ x.reshape(-1, self.in_features).t()).t().reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    def dense(self) -> Tensor:
+        """The weight with its zeros, [out_features, in_features], by operators that export formats have.
+
+        >>> layer = nn.Linear(4, 2)
+        >>> SparseLinear(layer).dense().equal(layer.weight)
+        True
+        """
+        count, bounds = len(self.values), self.rows[1:-1].long()
+        starts = torch.zeros(count + 1, dtype=torch.int64, device=bounds.device)
+        row = starts.scatter_add(0, bounds, torch.ones_like(bounds)).cumsum(0)[:count]
+        flat = self.values.new_zeros(self.out_features * self.in_features)
+        flat = flat.scatter(0, row * self.in_features + self.columns.long(), self.values)
+        return flat.view(self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, nonzeros={len(self.values)}"
@@ -64,8 +81,12 @@ def sparse_layout(
     'SparseLinear'
 
     Each linear layer that is at least half zeros is timed both ways on the input that it gets (the best of `repeats`
-    runs). Torch has no sparse convolution on the CPU, so convolutions stay dense. The copy is in eval mode.
+    runs). Torch has no sparse convolution on the CPU, so convolutions stay dense, and so do layers of a type that it
+    has no sparse product for (bfloat16 on the CPU); there "always" raises a ValueError that names the layer. The copy
+    is in eval mode.
     """
+    if where not in ("faster", "always"):
+        raise ValueError(f"where={where!r}: 'faster' or 'always'")
     model = copy.deepcopy(model).eval()
     inputs: dict[str, Tensor] = {}
     chosen = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and (m.weight == 0).float().mean() >= 0.5}
@@ -82,6 +103,13 @@ def sparse_layout(
             if name not in inputs:
                 continue
             sparse, x = SparseLinear(layer), inputs[name]
+            if not _runs(sparse, x):
+                if where == "always":
+                    raise ValueError(
+                        f"'{name}': torch has no product of compressed rows in {x.dtype} on {x.device.type}; "
+                        "where='faster' leaves such layers dense, float32 has one"
+                    )
+                continue
             fast = where == "always" or seconds(partial(sparse, x), repeats) < seconds(partial(layer, x), repeats)
             if fast:
                 if not name:
@@ -89,6 +117,14 @@ def sparse_layout(
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, sparse)
     return model
+
+
+def _runs(layer: SparseLinear, x: Tensor) -> bool:
+    try:
+        layer(x)
+    except (NotImplementedError, RuntimeError):  # some builds of torch raise the one, some the other
+        return False
+    return True
 
 
 def seconds(call: Callable[[], object], repeats: int = 20) -> float:

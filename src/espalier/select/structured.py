@@ -7,14 +7,15 @@ exactly (ρ/2) z_gᵀ(I − H_g)⁻¹z_g, and bringing one in lowers it by (ρ/2
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from espalier.curvature.layout import WeightLayout
 from espalier.curvature.matrix import columns
+from espalier.curvature.watch import Watch, unwatched, watching
 from espalier.select.dual import DualState
 from espalier.select.problem import Problem
 from espalier.select.result import Result, finish
@@ -46,6 +47,7 @@ def structured_chita(
     budget: float,
     costs: Tensor | None = None,
     options: StructuredOptions | None = None,
+    progress: bool | None = None,
 ) -> StructuredResult:
     """Choose groups whose costs sum to at most `budget`, and refit the weights in them.
 
@@ -53,10 +55,27 @@ def structured_chita(
     >>> structured_chita(problem, torch.tensor([0, 0, 1]), budget=1).kept
     tensor([False,  True])
 
+    Blocks of 4 × 1 of every matrix of a model, half of the weights:
+
+    >>> from torch import nn
+    >>> from espalier.curvature.gradients import gradients
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    >>> data = torch.randn(200, 8), torch.randint(4, (200,))
+    >>> found = gradients(model, nn.functional.cross_entropy, data, n=40, batch=5)
+    >>> group = block_groups(found.layout, (4, 1))
+    >>> problem = Problem.of(found.A, None, found.w_bar, ridge=1e-3)
+    >>> blocks = structured_chita(problem, group, budget=96, costs=torch.bincount(group))
+    >>> found.layout.write(model, blocks.result.weights)  # the other blocks are zeros now
+    >>> sum(int((p != 0).sum()) for name, p in model.named_parameters() if "weight" in name)
+    96
+
     group: int64 [p], the structure of each weight, counted from 0; −1 for weights that always stay (they are
     refitted too). costs: [groups], for example MACs; by default 1 each, so that `budget` counts groups.
     Groups are eliminated by exact cost per unit of budget, renewed `sweeps` times; then groups are exchanged
-    as long as that lowers Q within the budget. Raises ValueError where not even one group fits.
+    as long as that lowers Q within the budget. progress: show a bar on standard error; None: where that is a terminal.
+
+    Raises ValueError for a budget that is NaN or that not even one group fits, for groups with gaps in their numbers or
+    another length than A has columns, and for costs that are not positive.
     """
     options = options or StructuredOptions()
     if group.shape != (problem.p,):
@@ -66,15 +85,35 @@ def structured_chita(
         raise ValueError("no weight belongs to a group: nothing can be pruned")
     costs = torch.ones(count) if costs is None else costs
     costs = costs.double()
-    if costs.shape != (count,) or not bool((costs > 0).all()):
+    if costs.shape != (count,) or not bool(((costs > 0) & (costs < torch.inf)).all()):
         raise ValueError(f"costs must hold {count} positive numbers, one per group")
+    if math.isnan(budget):
+        raise ValueError("budget = nan: give what the kept groups may cost together")
     if budget < float(costs.min()):
         raise ValueError(f"budget = {budget}: not even the cheapest group fits; it needs {float(costs.min()):g}")
     members = members_of(group, count)
+    cost = f"{count:,} groups of {problem.p:,} weights; each round reads A about twice"
+    with watching(progress, lambda: cost) as watch:
+        state, kept = _eliminated(problem, members, costs, budget, options, watch)
+        history = [state.objective]
+        for _ in watch(range(options.exchanges), "rounds of exchanges"):
+            moved = _exchange(state, members, kept, costs, budget, options)
+            if moved is None:
+                break
+            state, kept = moved
+            history.append(state.objective)
+    result = finish(problem, state.weights(), state.support, history, groups=int(kept.sum()))
+    return StructuredResult(kept, result, float(costs[kept].sum()))
+
+
+def _eliminated(
+    problem: Problem, members: Tensor, costs: Tensor, budget: float, options: StructuredOptions, watch: Watch
+) -> tuple[DualState, Tensor]:
+    """What elimination leaves within the budget: its state, solved, and the groups, bool."""
     state = DualState.of(problem, torch.ones(problem.p, dtype=torch.bool))
     state.solve()
-    order = eliminate(state, members, costs, budget, options)
-    kept, history = torch.ones(count, dtype=torch.bool), []
+    order = eliminate(state, members, costs, budget, options, watch=watch)
+    kept = torch.ones(len(members), dtype=torch.bool)
     kept[order] = False
     if float(costs[kept].sum()) > budget * (1 + 1e-9):  # only one, too costly, group is left
         best = int(torch.where(costs <= budget, costs, 0).argmax())
@@ -82,15 +121,7 @@ def structured_chita(
         kept[:] = False
         kept[best] = True
         state.solve()
-    history.append(state.objective)
-    for _ in range(options.exchanges):
-        moved = _exchange(state, members, kept, costs, budget, options)
-        if moved is None:
-            break
-        state, kept = moved
-        history.append(state.objective)
-    result = finish(problem, state.potential(), state.support, history, groups=int(kept.sum()))
-    return StructuredResult(kept, result, float(costs[kept].sum()))
+    return state, kept
 
 
 def eliminate(
@@ -100,6 +131,7 @@ def eliminate(
     budget: float,
     options: StructuredOptions,
     family: Tensor | None = None,
+    watch: Watch = unwatched,
 ) -> list[int]:
     """Take groups out until the costs of the others sum to at most `budget`; their order. Moves `state` along.
 
@@ -110,7 +142,7 @@ def eliminate(
     family = torch.zeros(count, dtype=torch.int64) if family is None else family
     kept, out = torch.ones(count, dtype=torch.bool), list[int]()
     excess = float(costs.sum()) - budget
-    for sweep in range(options.sweeps):
+    for sweep in watch(range(options.sweeps), "sweeps of elimination"):
         over = float(costs[kept].sum()) - budget
         if over <= 1e-9 * budget:
             break
@@ -138,12 +170,17 @@ def _last_of_each(order: Tensor, family: Tensor) -> Tensor:
 
 
 def exchange_alike(
-    state: DualState, members: Tensor, kept: Tensor, family: Tensor, options: StructuredOptions
+    state: DualState,
+    members: Tensor,
+    kept: Tensor,
+    family: Tensor,
+    options: StructuredOptions,
+    watch: Watch = unwatched,
 ) -> tuple[Tensor, list[float]]:
     """Swap groups within their family as long as that lowers Q, at most `exchanges` times; what is kept, and Q."""
     kept, history, exhausted = kept.clone(), [state.objective], set[int]()
     open_ = [k for k in family.unique().tolist() if 0 < int(kept[family == k].sum()) < int((family == k).sum())]
-    for _ in range(options.exchanges):
+    for _ in watch(range(options.exchanges), "exchanges"):
         if not (left := [k for k in open_ if k not in exhausted]):
             break
         change = _changes(state, members, kept, options, torch.isin(family, torch.tensor(left)))
@@ -157,7 +194,7 @@ def exchange_alike(
                 best = (net, add, drop)
         assert best is not None
         _, add, drop = best
-        trial = DualState(state.problem, state.support.clone(), state.K.clone(), state.t.clone())
+        trial = state.copy()
         _move(trial, members, torch.tensor([add]), torch.tensor([drop]))
         trial.solve()
         if trial.objective >= state.objective * (1 - 1e-9):
@@ -175,13 +212,14 @@ def block_groups(layout: WeightLayout, shape: tuple[int, int]) -> Tensor:
     [0, 0, 1, 1, 0, 0, 1, 1]
 
     Blocks at the right and lower edge are smaller where the shape does not divide the matrix. Groups for
-    `structured_chita`: with costs of `torch.bincount(groups)`, its budget is a number of weights.
+    `structured_chita`, whose example prunes blocks of a model: with costs of `torch.bincount(groups)`, its budget is a
+    number of weights.
     """
     if min(shape) < 1:
         raise ValueError(f"blocks of {shape[0]} × {shape[1]}: both sides must be at least 1")
     groups, first = [], 0
     for size in layout.shapes:
-        rows, columns = size[0], prod(size[1:])
+        rows, columns = size[0], math.prod(size[1:])
         across = -(-columns // shape[1])
         block = torch.arange(rows)[:, None] // shape[0] * across + torch.arange(columns) // shape[1]
         groups.append(first + block.reshape(-1))
@@ -265,7 +303,7 @@ def _exchange(
         needed = int((freed < -room).sum()) + 1 if room < 0 else 0
         if needed > len(losses):
             continue
-        trial = DualState(state.problem, state.support.clone(), state.K.clone(), state.t.clone())
+        trial = state.copy()
         _move(trial, members, add, losses[:needed])
         trial.solve()
         if trial.objective < state.objective * (1 - 1e-9):

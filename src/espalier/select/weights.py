@@ -12,8 +12,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from espalier.curvature.batches import is_pair, pair_of, samples
 from espalier.curvature.dual import DualInverse
-from espalier.curvature.gradients import Gradients, gradients, is_pair
+from espalier.curvature.gradients import Gradients, gradients
 from espalier.curvature.layout import Predicate, WeightLayout, convolution_and_linear
 from espalier.curvature.per_layer import Loss
 from espalier.curvature.woodbury import BlockWoodburyInverse
@@ -61,16 +62,17 @@ def prune_weights(
     parameter name what stays; `space.model` is not changed. The copy is judged in eval mode and keeps its mode.
 
     data: a pair (inputs, targets), from which samples are drawn, or a loader of such pairs that shuffles by itself;
-    magnitude needs none. loss(output, target): a mean over samples. method: a name of `WEIGHT_METHODS`. layers: one
-    budget for all tensors "together", the same fraction of "each", or "erk", Erdős-Rényi-kernel densities. pattern:
-    (n, m) keeps n of every m neighbours instead, and `keep` is not looked at. options: the method's own by default
-    (`WEIGHT_OPTIONS`), with fewer samples, and a warning, where the data has fewer; a mapping changes what it names in
-    them, as in ``{"n": 40}``, and a `StageOptions` takes their place, but for the solver, which is the method's.
+    several inputs are a tuple or a dict of tensors, the model's positional or keyword arguments; magnitude needs
+    none. loss(output, target): a mean over samples. method: a name of `WEIGHT_METHODS`. layers: one budget for all
+    tensors "together", the same fraction of "each", or "erk", Erdős-Rényi-kernel densities. pattern: (n, m) keeps n
+    of every m neighbours instead, and `keep` is not looked at. options: the method's own by default
+    (`WEIGHT_OPTIONS`), with fewer samples, and a warning, where the data has fewer; a mapping changes what it names
+    in them, as in ``{"n": 40}``, and a `StageOptions` takes their place, but for the solver, which is the method's.
     prunable: which parameters; by default the ``weight`` of convolution and linear layers, so neither biases, norms
     and embeddings nor what other modules hold themselves (``in_proj_weight`` of `nn.MultiheadAttention`).
 
     Raises SpaceError for an unknown method or missing data, BudgetError for a fraction outside (0, 1] or a pattern
-    that the method cannot hold, ValueError as `gradients` does (tied or frozen weights, too little data) and for
+    beside layers=, ValueError as `gradients` does (tied or frozen weights, too little data) and for
     options of several stages where the method has one.
     """
     if not 0 < keep <= 1:
@@ -105,8 +107,6 @@ def method_options(
     """The method's options with what the caller wants changed; raises for what the method cannot do."""
     if method not in WEIGHT_METHODS:
         raise SpaceError(f"no method for weights is called '{method}': there are {', '.join(WEIGHT_METHODS)}.")
-    if method == "cbs" and (pattern is not None or layers != "together"):
-        raise BudgetError("CBS swaps weights of all tensors: it holds one budget for all, not layers= or pattern=.")
     if pattern is not None and layers != "together":
         raise BudgetError(f"pattern={pattern} is a budget of its own: leave layers={layers!r} out.")
     if data is None and method != "weight-magnitude":
@@ -154,13 +154,13 @@ def fitted(options: StageOptions, data: Data) -> StageOptions:
     """The same options with fewer gradients and samples where the data does not hold n · batch of them."""
     wanted, count = options.n * options.batch, 0
     if is_pair(data):
-        count = len(data[0])
+        count = samples(data[0])
     else:
         sized = getattr(data, "dataset", None)
         if sized is not None and hasattr(sized, "__len__") and not getattr(data, "drop_last", False):
             count = len(sized)
-        for inputs, _ in () if count else cast(Iterable[tuple[Tensor, Tensor]], data):
-            count += len(inputs)
+        for batch in () if count else cast(Iterable[Any], data):
+            count += samples(pair_of(batch)[0])
             if count >= wanted:
                 break
     if count >= wanted or count == 0:
@@ -274,7 +274,7 @@ WEIGHT_METHODS: Mapping[str, WeightMethod] = {
     "chita++": _staged,
     "chita": _staged,
     "woodfisher": _once(_woodfisher),
-    "cbs": _once(lambda found, quota, options: cbs(found.A, found.w_bar, quota.kept, options.ridge)),
+    "cbs": _once(lambda found, quota, options: cbs(found.A, found.w_bar, quota, options.ridge)),
     "mfac": _once(_mfac),
     "weight-magnitude": _magnitude,
 }
