@@ -194,8 +194,8 @@ def test_two_ranks_get_the_network_of_one_process_and_fail_together(tmp_path: Pa
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-8, atol=1e-9)
     for case, words in (("empty", "loader is empty"), ("nan", "holds NaN")):
-        assert "other processes" in torch.load(tmp_path / f"{case}0.pt")
-        assert words in torch.load(tmp_path / f"{case}1.pt")
+        assert words in torch.load(tmp_path / f"{case}1.pt")  # the process that failed; the other says so
+        assert torch.load(tmp_path / f"{case}0.pt") == f"process 1 of 2: {torch.load(tmp_path / f'{case}1.pt')}"
 
 
 def test_the_pairs_of_a_residual_network_with_batch_norms() -> None:

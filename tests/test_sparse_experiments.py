@@ -71,10 +71,10 @@ def test_group_sparsity_stops_and_goes_on(tmp_path, monkeypatch):
     none = line["norm <= 1e-06"]
     assert (none["removed"], none["after"]) == (0, line["before"])
     saved = torch.load(tmp_path / f"{recipe.name}.pt", weights_only=True)
-    assert (line["loss"], line["cpu_s"]) == (round(saved["loss"], 4), round(saved["cpu_s"], 1))  # of a run that is over
-    again = gsparsity.run(recipe, tmp_path, 0)
-    assert again["loss"] == line["loss"] == line["loss"]
-    assert again["cpu_s"] == pytest.approx(line["cpu_s"], abs=0.2)
+    again = gsparsity.run(recipe, tmp_path, 0)  # nothing is left to do: what it cost is read from the checkpoint
+    assert again["loss"] == line["loss"] == round(saved["loss"], 4)
+    assert saved["cpu_s"] > 0
+    assert again["cpu_s"] == pytest.approx(saved["cpu_s"], abs=0.2)
 
 
 def test_wide_resnet_with_gates():
