@@ -27,14 +27,19 @@ def batch(network: str, count: int = 12):
 
 @pytest.mark.parametrize("network", ["mlp", "lenet5"])
 @pytest.mark.parametrize("method", METHODS)
-def test_conditional_computation_changes_nothing(network, method):
-    """Loss and all gradients with closed units left out equal those with closed units multiplied by 0."""
+@pytest.mark.parametrize("fewer", [0.0, 3.0])
+def test_conditional_computation_changes_nothing(network, method, fewer):
+    """Loss and all gradients with closed units left out equal those with closed units multiplied by 0; with most of the
+    MLP's inputs open, which then stay in place, and with few.
+    """
     x, y = batch(network)
     found = []
     for conditional in (True, False):
         gates = gated(Recipe(network, method, seed=3), 60_000).double()
         gates.model.double()
         gates.conditional = conditional
+        with torch.no_grad():
+            gates.phi -= fewer / (1 if method == "hc" else 7)
         loss = gates.backward(lambda g=gates: cross_entropy(g(x), y))
         found.append([loss, *(p.grad for p in gates.model.parameters()), gates.phi.grad])
     for a, b in zip(*found, strict=True):

@@ -55,15 +55,19 @@ class Narrowing:
                 share *= float(torch.stack([pi[gates] for gates in self.index[weight, dim]]).prod(0).mean())
         return share
 
-    def selection(self, weight: str, is_open: Tensor) -> Tensor | None:
-        """Positions that stay among those that arrive at this weight's layer; None if all that arrive
-        stay.
+    def selection(
+        self, weight: str, is_open: Tensor, kept: Mapping[tuple[str, int], Tensor]
+    ) -> Tensor | None:
+        """Positions that stay among those that arrive at this weight's layer; None if all that arrive stay.
+
+        ``kept`` is what :meth:`kept` finds for these gates.
         """
         every, arriving = self.index[weight, 1], self.arriving.get(weight, [])
         if len(every) == len(arriving):
             return None
-        stays = _all(every, is_open)
-        return (stays[_all(arriving, is_open)] if arriving else stays).nonzero().flatten()
+        if not arriving:
+            return kept[weight, 1]
+        return _all(every, is_open)[_all(arriving, is_open)].nonzero().flatten()
 
     def parameters(self, own: Mapping[str, Tensor], kept: Mapping[tuple[str, int], Tensor]) -> list["Part"]:
         """The narrowed parameters."""

@@ -111,8 +111,16 @@ class Gates(Gating):
         self._places = Places(model, {name for name, _ in self.narrowing.index})
         stops = torch.tensor(counts).cumsum(0).tolist()
         self._span = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
-        self._kept: Mapping[tuple[str, int], Tensor] | None = None
+        self._kept: dict[tuple[str, int], Tensor] | None = None
+        self._is_open: Tensor | None = None  # of the gates that _kept was found from
+        self._arriving_whole = [
+            part.parameter
+            for site in sites
+            for part in site.scaled
+            if not site.narrow and len(self.narrowing.index[part.parameter, 1]) == 1
+        ]
         self._parts: list[Part] = []
+        self._squares: dict[tuple[Any, ...], Tensor] = {}
         self._hooks = [self._attach(i, site) for i, site in enumerate(self.sites)]
         self._checked, self._not_narrow = False, ""
 
@@ -125,11 +133,15 @@ class Gates(Gating):
         z = self._z
         if not self.conditional or z is None or z.ndim > 1:
             return self.model(*args, **kwargs)
-        self._kept = self.narrowing.kept(z.detach() > 0)
+        self._is_open = z.detach() > 0
+        self._kept = self.narrowing.kept(self._is_open)
         try:
             if any(len(k) == 0 for k in self._kept.values()) or not self._pays(self._kept):
                 self._kept = None  # a layer without any unit, or little to leave out: multiply instead
                 return self.model(*args, **kwargs)
+            for weight in self._arriving_whole:
+                if len(self._kept[weight, 1]) > 0.6 * self._own[weight].shape[1]:
+                    del self._kept[weight, 1]  # zeros among its inputs cost less than taking its columns out
             parts = self.narrowing.parameters(self._own, self._kept)
             self._parts += parts if torch.is_grad_enabled() else []
             with self._places.holding({part.name: part.value for part in parts}):
@@ -228,8 +240,8 @@ class Gates(Gating):
                 Tensor, lambda t: t.to(first) if t.is_floating_point() else t, (args, kwargs)
             )
 
-        def run(z: Tensor, own: Mapping[str, Tensor], kept: Mapping[tuple[str, int], Tensor] | None = None) -> Any:
-            self._z, self._kept = z, kept
+        def run(z: Tensor, own: Mapping[str, Tensor], kept: dict[tuple[str, int], Tensor] | None = None) -> Any:
+            self._z, self._kept, self._is_open = z, kept, z > 0
             with same_noise(self.model):
                 return functional_call(self.model, dict(own), args, dict(kwargs))
 
@@ -259,7 +271,11 @@ class Gates(Gating):
             for part in site.scaled[:1]:
                 weight = own[part.parameter]
                 others = [d for d in range(weight.ndim) if d != part.dim]
-                of_pi[span] += 0.5 * self.weight_decay * weight.square().sum(others)
+                key = part.parameter, weight.dtype, weight.device
+                if key not in self._squares:  # new memory at each step costs more than the arithmetic
+                    self._squares[key] = torch.empty_like(weight)
+                squares = torch.mul(weight, weight, out=self._squares[key])
+                of_pi[span].add_(squares.sum(others), alpha=0.5 * self.weight_decay)
                 if weight.requires_grad:
                     if weight.grad is None:
                         weight.grad = torch.zeros_like(weight)
@@ -269,18 +285,17 @@ class Gates(Gating):
     def _attach(self, index: int, site: Site) -> Any:
         layer = self.model.get_submodule(site.layer)
         last = -1 if isinstance(layer, nn.Linear) else 1
+        own = (site.scaled[0].parameter, site.scaled[0].dim or 0)
 
         def value(x: Tensor) -> Tensor | None:
             z = self._z
             if z is None:
                 z = self.expected().detach()
             z = z[..., self._span[index]]
-            if self._kept is not None:
+            if self._kept is not None and own in self._kept:
                 if self.estimator != "hc":
                     return None  # the gates of all units that are here are 1
-                part = site.scaled[0]
-                assert part.owner is not None
-                z = z[self._kept[part.parameter, part.dim or 0]]
+                z = z[self._kept[own]]
             shape = [1] * x.ndim
             if z.ndim > 1:
                 shape[0] = len(z)
@@ -289,8 +304,8 @@ class Gates(Gating):
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
-            if self._kept is not None and self._z is not None:
-                chosen = self.narrowing.selection(f"{site.layer}.weight", self._z.detach() > 0)
+            if self._kept is not None and own in self._kept and self._is_open is not None:
+                chosen = self.narrowing.selection(f"{site.layer}.weight", self._is_open, self._kept)
                 x = x if chosen is None else x.index_select(1, chosen)
             z = value(x)
             return (x if z is None else x * z, *args[1:])

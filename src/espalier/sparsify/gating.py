@@ -164,10 +164,10 @@ class Gating(nn.Module):
         mean, scale = f.mean(), torch.ones((), device=f.device)
         if scaler is not None:
             scale = scaler.scale(scale)
-        torch.autograd.backward(mean * scale)
-        self._collect()
         pi = self.probabilities()
-        torch.autograd.backward(pi, scale * self._shrink(pi.detach(), scale))
+        of_pi = scale * self._shrink(pi.detach(), scale)
+        torch.autograd.backward([mean * scale, pi], [torch.ones_like(mean), of_pi])
+        self._collect()
         with torch.no_grad():
             if self.estimator != "hc":
                 estimate = gradient(self.estimator, f.detach(), partner, u, self.phi, self.g, self.reference)

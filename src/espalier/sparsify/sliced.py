@@ -60,7 +60,7 @@ def sliced(gates: Gates) -> nn.Module:
             setattr(layer, name, nn.Parameter(narrow.contiguous()))
         _resize(layer)
         full = f"{path}.weight"
-        chosen = gates.narrowing.selection(full, is_open) if (full, 1) in gates.narrowing.index else None
+        chosen = gates.narrowing.selection(full, is_open, kept) if (full, 1) in gates.narrowing.index else None
         if chosen is not None:
             small.set_submodule(path, nn.Sequential(Select(chosen), layer))
     return small
