@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,16 +37,20 @@ class Narrowing:
             offset += site.count
         return made
 
+    @cached_property
+    def _sets(self) -> list[tuple[list[Tensor | slice], list[tuple[str, int]]]]:
+        """The sets of gates that decide together, and the dimensions they decide on."""
+        sets: dict[tuple[int, ...], list[tuple[str, int]]] = {}
+        for key, gates in self.index.items():
+            sets.setdefault(tuple(id(g) for g in gates), []).append(key)
+        return [([_in_a_row(g) for g in self.index[keys[0]]], keys) for keys in sets.values()]
+
     def kept(self, is_open: Tensor) -> dict[tuple[str, int], Tensor]:
         """Positions that stay along each sliced dimension, for gates [V] of bool."""
-        seen: dict[tuple[int, ...], Tensor] = {}
-        kept = {}
-        for key, gates in self.index.items():
-            which = tuple(id(g) for g in gates)
-            if which not in seen:
-                seen[which] = _all(gates, is_open).nonzero().flatten()
-            kept[key] = seen[which]
-        return kept
+        found = {}
+        for gates, keys in self._sets:
+            found |= dict.fromkeys(keys, _all(gates, is_open).nonzero().flatten())
+        return found
 
     def expected_share(self, weight: str, pi: Tensor) -> float:
         """Expected share of a weight's elements whose units are open on both sides, for independent gates."""
@@ -150,7 +155,13 @@ class Places:
                     parameters[leaf] = self._own[name]
 
 
-def _all(gates: Sequence[Tensor], is_open: Tensor) -> Tensor:
+def _in_a_row(gates: Tensor) -> Tensor | slice:
+    """As a slice where they follow one another, which takes a view and no copy."""
+    first, count = int(gates[0]), len(gates)
+    return slice(first, first + count) if torch.equal(gates, torch.arange(first, first + count)) else gates
+
+
+def _all(gates: Sequence[Tensor | slice], is_open: Tensor) -> Tensor:
     mask = is_open[gates[0]]
     for more in gates[1:]:
         mask = mask & is_open[more]

@@ -1,5 +1,6 @@
 """Stochastic gates on the features of named layers: L0-HC, L0-AR, L0-ARM, and DisARM."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,9 @@ class Gates(Gating):
         super().__init__(model, names, counts, sizes, options)
         self.sites, self.conditional, self._own = tuple(sites), conditional, own
         self.narrowing = Narrowing.of(self.sites)
-        self._places = Places(model, {name for name, _ in self.narrowing.index})
+        touched = dict.fromkeys(name for name, _ in self.narrowing.index)
+        self._places = Places(model, touched)
+        self._shapes = {name: tuple(own[name].shape) for name in touched if own[name].ndim > 1}
         stops = torch.tensor(counts).cumsum(0).tolist()
         self._span = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
         self._kept: dict[tuple[str, int], Tensor] | None = None
@@ -151,14 +154,14 @@ class Gates(Gating):
 
     def _pays(self, kept: Mapping[tuple[str, int], Tensor]) -> bool:
         """Whether gathering what is open costs less than it saves; limits as measured (benchmarks/conditional.py)."""
-        weights = {name: self._own[name] for name, _ in kept if self._own[name].ndim > 1}
-        total = sum(w.numel() for w in weights.values())
-        sizes = [
-            w.numel() * (len(kept[n, 0]) / len(w) if (n, 0) in kept else 1.0)
-            * (len(kept[n, 1]) / w.shape[1] if (n, 1) in kept else 1.0)
-            for n, w in weights.items()
-        ]  # fmt: skip
-        return sum(sizes) <= total * (0.9 if any(w.ndim > 2 for w in weights.values()) else 0.45)
+        left = sum(
+            (len(kept[name, 0]) if (name, 0) in kept else shape[0])
+            * (len(kept[name, 1]) if (name, 1) in kept else shape[1])
+            * math.prod(shape[2:])
+            for name, shape in self._shapes.items()
+        )
+        total = sum(math.prod(shape) for shape in self._shapes.values())
+        return left <= total * (0.9 if any(len(shape) > 2 for shape in self._shapes.values()) else 0.45)
 
     def expected_norm(self, pi: Tensor, order: int) -> Tensor:
         """``E|θ|`` or ``E|θ|²`` of the gated layers' weights for gates of these probabilities, Eqs. (17) and (18)."""
@@ -178,7 +181,7 @@ class Gates(Gating):
         and "disarm" (Figure 3 of the paper). A layer's share is the mean over its weights of the probability that
         both their units are open, gates being drawn alone; all that is not gated counts in full.
         """
-        weights = {name.rpartition(".")[0]: name for name, _ in self.narrowing.index if self._own[name].ndim > 1}
+        weights = {name.rpartition(".")[0]: name for name in self._shapes}
         found, pi = layer_macs(self.model, weights, args, kwargs), self.probabilities()
         saved = sum(found[layer] * (1.0 - self.narrowing.expected_share(name, pi)) for layer, name in weights.items())
         passes = 2 if training and self.estimator in ("arm", "disarm") else 1
