@@ -74,6 +74,23 @@ def test_steps_with_fine_tuning(model: nn.Module) -> None:
     assert sizes[-1] == parameters(small) <= 0.5 * parameters(model)
 
 
+def test_kernels_stay_zero_in_fine_tuning(model: nn.Module) -> None:
+    x = batches()[0]
+
+    def train(net: nn.Module) -> None:
+        opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(3):
+            opt.zero_grad()
+            net(x).square().mean().backward()
+            opt.step()
+
+    budget = espalier.Budget(structures=0.5)
+    small = espalier.prune(model, x, budget=budget, levels=("kernel",), steps=2, finetune=train)
+    kernels = [m.weight.flatten(2) for m in small.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    dead = sum(int((w == 0).all(2).sum()) for w in kernels)
+    assert dead >= 0.5 * sum(w.shape[0] * w.shape[1] for w in kernels) > 0
+
+
 def test_a_budget_out_of_reach(model: nn.Module) -> None:
     with pytest.raises(BudgetError, match="the least is"):
         espalier.prune(model, batches()[0], budget=espalier.Budget(params=0.01))

@@ -13,7 +13,7 @@ from espalier.errors import BudgetError, SpaceError
 from espalier.saliency import Saliency, named, worth
 from espalier.select.families import prune_structures
 from espalier.select.layerwise import SELECTORS
-from espalier.select.masking import apply_masks, hold_masks
+from espalier.select.masking import apply_masks, hold_masks, zero_masks
 from espalier.select.patterns import n_of_m
 from espalier.select.reconstruct import reconstruct
 from espalier.select.weights import WEIGHT_METHODS, output_loss, prune_weights
@@ -65,14 +65,14 @@ def prune(
       batches, and labels in them are not needed.
     - "exchange++", "chita", "chita++", "exchange", "woodfisher", "cbs", "mfac", "weight-magnitude": single weights
       (:mod:`espalier.select.weights`) under ``Budget(weights=...)``, a share of all convolution and linear weights.
-      Without a method, such a budget takes "exchange++", or "weight-magnitude" where there is no data. Zeros stay
-      zeros in ``finetune``, whatever `torch.optim` optimizer it uses; for a later fine-tuning of your own see
-      :func:`espalier.select.hold_masks`.
+      Without a method, such a budget takes "exchange++", or "weight-magnitude" where there is no data.
     - "structured-chita": structures by the same second-order model (:mod:`espalier.select.families`).
 
     ``settings`` are further arguments of the method's function.
 
-    ``steps`` > 1 tightens the budget step by step; ``finetune(model)`` is called with the smaller network after each.
+    ``steps`` > 1 tightens the budget step by step; ``finetune(model)`` is called with the smaller network after each,
+    in which what is masked rather than removed (kernels, single weights) stays zero, whatever `torch.optim` optimizer it
+    uses; for a later fine-tuning of your own see :func:`espalier.select.hold_masks`.
     ``model`` is not changed. Raises :class:`BudgetError`, naming the nearest, where the budget cannot be met,
     :class:`SpaceError` where there is nothing to remove or data is missing, and :class:`InvalidSolution` if what is
     built does not compute.
@@ -105,12 +105,15 @@ def prune(
             space, solution = _by_method(space, method, wanted, data, loss, settings)
         small = construct(space, solution)
         if finetune is not None:
-            held = hold_masks(small, solution.masks)
+            masks = solution.masks
+            if any(space.families[k].level == "kernel" for k in space.removed_of(solution.removed)):
+                masks = zero_masks(small) | dict(masks)
+            held = hold_masks(small, masks)
             try:
                 finetune(small)
             finally:
                 held.remove()
-            apply_masks(small, solution.masks)  # also after a fine-tuning without any optimizer
+            apply_masks(small, masks)  # also after a fine-tuning without any optimizer
     return small
 
 

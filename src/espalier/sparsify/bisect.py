@@ -55,7 +55,8 @@ def bisect_mu(
     until the target is bracketed; then the bracket is halved, in log μ. With ``warm_start`` a trial starts
     from the state of the nearest trial with a smaller μ (a larger network: what is zero rarely revives). What
     stays need not fall with μ: a trial that contradicts the bracket becomes its new end, a bracket that
-    closes on a jump is opened upwards, and the best trial is kept whatever happens later.
+    closes on a jump is opened upwards, and the best trial is kept whatever happens later. A warm start trains on, and
+    may thereby jump over the target whatever μ is: after a first jump every trial starts afresh.
 
     Raises ValueError for a target or tolerance outside [0, 1] and for μ <= 0.
     """
@@ -64,8 +65,9 @@ def bisect_mu(
     trials: list[Trial[S]] = []
     low: float | None = None  # too much stays
     high: float | None = None  # within the target
+    warm = warm_start
     for _ in range(max_trials):
-        before = [t for t in trials if t.mu <= mu] if warm_start else []
+        before = [t for t in trials if t.mu <= mu] if warm else []
         start = max(before, key=lambda t: t.mu).state if before else None
         share, state = train(mu, start)
         trials.append(Trial(mu, share, state))
@@ -77,8 +79,8 @@ def bisect_mu(
         else:
             high = mu
             low = None if low is not None and low >= mu else low
-        if low is not None and high is not None and high / low < 1.02:
-            low, high = high, None  # a jump, not a crossing: look for another beyond it
+        if low is not None and high is not None and high / low < (1.1 if warm else 1.02):
+            low, high, warm = high, None, False  # a jump, not a crossing: look for another beyond it
         if low is None and high is not None:
             mu = high / factor
         elif high is None and low is not None:

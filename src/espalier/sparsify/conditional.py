@@ -60,9 +60,7 @@ class Narrowing:
                 share *= float(torch.stack([pi[gates] for gates in self.index[weight, dim]]).prod(0).mean())
         return share
 
-    def selection(
-        self, weight: str, is_open: Tensor, kept: Mapping[tuple[str, int], Tensor]
-    ) -> Tensor | None:
+    def selection(self, weight: str, is_open: Tensor, kept: Mapping[tuple[str, int], Tensor]) -> Tensor | None:
         """Positions that stay among those that arrive at this weight's layer; None if all that arrive stay.
 
         ``kept`` is what :meth:`kept` finds for these gates.
