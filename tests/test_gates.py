@@ -287,3 +287,33 @@ def test_a_part_adds_its_gradient_to_the_full_parameters(rows, columns, layout):
     taken = taken if columns is None else taken[:, columns]
     (2 * taken.square().sum() * factor).backward()
     torch.testing.assert_close(full.grad, chosen.grad)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_copy_computes_with_its_own_gates(conditional):
+    """Whatever happens to the original, in eval mode, in training and when it is cut; the user's own hooks stay."""
+    x, y = batch("lenet5", 4)
+    gates = gated(Recipe("lenet5", "arm", seed=1), 60_000).double()
+    gates.model.double()
+    gates.conditional = conditional
+    calls = []
+    gates.model.conv1.register_forward_hook(lambda *_: calls.append("conv1"))
+    gates.backward(lambda: cross_entropy(gates(x), y))
+    gates.model.eval()
+    wanted = gates(x)
+    copied = copy.deepcopy(gates)
+    with torch.no_grad():
+        for p in (gates.phi, *gates.model.parameters()):
+            p += 0.3 * torch.randn_like(p)
+    torch.testing.assert_close(copied(x), wanted, rtol=0, atol=0)
+    assert not torch.equal(gates(x), wanted)
+    calls.clear()
+    torch.testing.assert_close(sliced(copied)(x), wanted)
+    assert calls == ["conv1"]
+    copied.zero_grad()
+    copied.model.zero_grad()
+    before = gates.phi.grad.clone()
+    copied.backward(lambda: cross_entropy(copied(x), y))
+    assert copied.phi.grad.any() and torch.equal(gates.phi.grad, before)
+    gates.finish()
+    torch.testing.assert_close(copy.deepcopy(gates)(x), gates.model(x))

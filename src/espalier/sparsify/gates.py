@@ -1,7 +1,8 @@
 """Stochastic gates on the features of named layers: L0-HC, L0-AR, L0-ARM, and DisARM."""
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class Gates(Gating):
     >>> gates.probabilities().shape
     torch.Size([8])
 
-    The gates multiply activations through forward hooks: the model is not edited. For gates on the structures
+    The gates multiply activations through forward hooks: the model is not edited. A copy of the gates has a model of
+    its own; a copy of the model alone still computes with these gates. For gates on the structures
     of a search space see :class:`SpaceGates`. :meth:`backward` draws
     them, evaluates the loss once ("hc", "ar") or twice ("arm", "disarm", both passes with batch norm in the
     same mode, running statistics updated once) and leaves gradients in the model's parameters and in ``phi``.
@@ -221,6 +223,15 @@ class Gates(Gating):
         self._finished = True
         return self.model
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Gates":
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for index, (site, handle) in enumerate(zip(made.sites, made._hooks, strict=True)):
+            hooks = handle.hooks_dict_ref()
+            if hooks is not None and handle.id in hooks:  # not after finish()
+                hooks[handle.id] = made._hook(index, site)
+        return made
+
     # Inside.
 
     def _need_check(self) -> None:
@@ -286,6 +297,10 @@ class Gates(Gating):
         return of_pi
 
     def _attach(self, index: int, site: Site) -> Any:
+        layer, hook = self.model.get_submodule(site.layer), self._hook(index, site)
+        return layer.register_forward_pre_hook(hook) if site.side == "input" else layer.register_forward_hook(hook)
+
+    def _hook(self, index: int, site: Site) -> Callable[..., Any]:
         layer = self.model.get_submodule(site.layer)
         last = -1 if isinstance(layer, nn.Linear) else 1
         own = (site.scaled[0].parameter, site.scaled[0].dim or 0)
@@ -317,4 +332,4 @@ class Gates(Gating):
             z = value(output)
             return output if z is None else output * z
 
-        return layer.register_forward_pre_hook(before) if site.side == "input" else layer.register_forward_hook(after)
+        return before if site.side == "input" else after

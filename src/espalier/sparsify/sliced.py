@@ -67,12 +67,10 @@ def sliced(gates: Gates) -> nn.Module:
 
 
 def _without_hooks(gates: Gates) -> nn.Module:
-    model = copy.deepcopy(gates.model)
-    for site in gates.sites:
-        layer = model.get_submodule(site.layer)
-        layer._forward_hooks.clear()
-        layer._forward_pre_hooks.clear()
-    return model
+    copied = copy.deepcopy(gates)
+    for hook in copied._hooks:
+        hook.remove()
+    return copied.model
 
 
 def _resize(layer: nn.Module) -> None:
