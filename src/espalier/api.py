@@ -71,8 +71,8 @@ def prune(
     ``settings`` are further arguments of the method's function.
 
     ``steps`` > 1 tightens the budget step by step; ``finetune(model)`` is called with the smaller network after each,
-    in which what is masked rather than removed (kernels, single weights) stays zero, whatever `torch.optim` optimizer it
-    uses; for a later fine-tuning of your own see :func:`espalier.select.hold_masks`.
+    in which what is masked rather than removed (kernels, single weights) stays zero, whatever `torch.optim` optimizer
+    it uses; for a later fine-tuning of your own see :func:`espalier.select.hold_masks`.
     ``model`` is not changed. Raises :class:`BudgetError`, naming the nearest, where the budget cannot be met,
     :class:`SpaceError` where there is nothing to remove or data is missing, and :class:`InvalidSolution` if what is
     built does not compute.
