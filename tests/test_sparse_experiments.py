@@ -1,6 +1,7 @@
 """The recipes of sparse training on random images: every method trains, is cut to the budget, and constructs."""
 
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from espalier import Budget, construct, search_space
 from espalier.data import Dataset
-from espalier.experiments import gsparsity, l0, l0_plots, l0_table, l0_wrn, sparse_methods
+from espalier.experiments import gsparsity, l0, l0_plots, l0_table, l0_wrn, sparse_methods, sparse_methods_report
 from espalier.experiments.logs import forget_after
 from espalier.models.lenet5 import LeNet5
 from espalier.models.wide_resnet import WideResNet
@@ -37,7 +38,7 @@ def images(count: int, channels: int, size: int) -> Dataset:
 def test_every_method_meets_the_budget(method):
     torch.manual_seed(0)
     space = search_space(LeNet5(), (torch.zeros(2, 1, 28, 28),), levels=("channel",))
-    recipe = sparse_methods.Recipe(method, sparse_methods.STRENGTH.get(method, 0.0), macs=0.3, images=200)
+    recipe = sparse_methods.Recipe(method, sparse_methods.STRENGTH.get(method, 0.0), macs=(0.3,), images=200)
     trainer = sparse_methods.Trainer(recipe, space, steps=6)
     for i in range(6):
         make = torch.Generator().manual_seed(i)
@@ -138,35 +139,37 @@ def test_the_table_of_gates_has_a_row_for_each_recipe_and_means_over_seeds():
     assert tables[1].splitlines()[2].startswith("| L0-HC, a λ per layer | 0 | 2 | 1 | 1.00 | 98.00 |")
 
 
-def test_the_table_over_all_methods_shows_means_and_deviations():
-    line = {
-        "method": "rmda",
-        "strength": 0.03,
-        "own_macs": 0.5,
-        "own_accuracy": 80.0,
-        "cut_accuracy": 70.0,
-        "cpu_s": 9.6,
-    }
+def test_the_table_over_all_methods_shows_means_and_deviations(tmp_path):
+    own = {"method": "rmda", "strength": 0.03, "own_macs": 0.6, "own_accuracy": 80.0, "cut_accuracy": 70.0}
     lines = [
-        line | {"seed": 1, "widths": [3, 4], "accuracy": 82.0},
-        line | {"seed": 0, "widths": [1, 2], "accuracy": 80.0},
+        own | {"seed": seed, "budget": budget, "macs": budget - 0.01, "accuracy": accuracy, "cpu_s": 9.6}
+        for seed, budget, accuracy in ((1, 0.5, 82.0), (1, 0.1, 72.0), (0, 0.5, 80.0), (0, 0.1, 71.0))
     ]
-    assert sparse_methods.table(lines).splitlines()[2:] == [
-        "| rmda | 0.03 | 2 | 0.500 ± 0.000, 80.00 ± 0.00 | 1-2, 3-4 | 70.00 ± 0.00 | 81.00 ± 1.41 | 10 ± 0 |"
+    for seed in (0, 1):
+        text = "".join(json.dumps(line) + "\n" for line in lines if line["seed"] == seed)
+        (tmp_path / f"{seed}.jsonl").write_text(text)
+    read = sparse_methods_report.read(sorted(tmp_path.glob("*.jsonl")))
+    assert [(line["budget"], line["seed"]) for line in read] == [(0.5, 0), (0.5, 1), (0.1, 0), (0.1, 1)]
+    assert sparse_methods_report.table(read).splitlines()[2:] == [
+        "| rmda | 0.03 | 2 | 0.600 ± 0.000, 80.00 ± 0.00 | 70.00 ± 0.00 → 81.00 ± 1.41 | 70.00 ± 0.00 → 71.50 ± 0.71 "
+        "| 10 |"
     ]
+    sparse_methods_report.draw(read, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5_000
 
 
-def test_the_table_is_read_from_a_folder_or_from_one_file(capsys, monkeypatch, tmp_path):
-    committed = Path(__file__).parents[1] / "docs" / "results" / "gsparsity" / "sparse_methods.jsonl"
-    for i, line in enumerate(committed.read_text().splitlines()):
-        (tmp_path / f"{i}.json").write_text(line + "\n")
-    printed = []
-    for place in (committed, tmp_path):
-        monkeypatch.setattr("sys.argv", ["sparse_methods", "--table", "--out", str(place)])
-        sparse_methods.main()
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1]
-    assert "| ramda | 0.008 | 3 |" in printed[0]
+@pytest.mark.parametrize("method", ["h2spg", "ramda"])
+def test_a_training_is_cut_to_every_budget(monkeypatch, method):
+    """H2SPG trains once per budget; each network is within its own, and what a method closed stays away."""
+    shown = images(200, 1, 28)
+    monkeypatch.setattr(sparse_methods, "load", lambda name, split, validation=0: shown)
+    recipe = sparse_methods.Recipe(method, 0.05, (0.5, 0.2), epochs=3, images=200, batch_size=20)
+    lines = sparse_methods.run(recipe)
+    assert [line["budget"] for line in lines] == [0.5, 0.2]
+    assert all(line["macs"] <= line["budget"] for line in lines)
+    if method == "ramda":
+        assert all(line["macs"] <= line["own_macs"] for line in lines)
+        assert lines[0]["own_accuracy"] == lines[1]["own_accuracy"]
 
 
 def test_figures_2_and_3_are_drawn_from_the_committed_logs(tmp_path):

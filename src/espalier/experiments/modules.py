@@ -128,9 +128,9 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         {
             "smoke": "--method magnitude --epochs 1 --finetune 0 --images 500 --seed 0 --out {out}",
             "short": "--out {out}",
-            "paper": "--images 60000 --epochs 60 --finetune 20 --out {out}",
+            "paper": "--epochs 60 --finetune 20 --out {out}",
         },
-        cut="10,000 images and 8 epochs",
+        cut="5 epochs and one of fine-tuning",
     ),
     "nas-proof": Experiment(
         "GS-NAS, H2SPG, DARTS and random search on the DARTS, S2 and S4 spaces",

@@ -1,20 +1,23 @@
-"""All methods that sparsify while training, and magnitude pruning, on one network, data, length and budget.
+"""All methods that sparsify while training, and magnitude pruning, on one network, data, length and budgets.
 
     ESPALIER_DATA=... python -m espalier.experiments.sparse_methods --out runs/sparse_methods
-    python -m espalier.experiments.sparse_methods --table --out runs/sparse_methods
+    python -m espalier.experiments.sparse_methods_report runs/sparse_methods/*.jsonl --picture sparse_methods.png
 
 LeNet-5-Caffe on Fashion-MNIST, channels (filters and neurons) of its three hidden layers. Every method trains for
-``epochs``, is then cut to the budget of MACs (what it has not closed itself goes in the order of its own score), and
-the constructed network is fine-tuned for ``finetune`` epochs in one and the same way. One JSON line per run; those that
-are there are not run again.
+``epochs``, its learning rate a tenth of it in the last third, and is then cut to at most each of the budgets of MACs:
+all that it has closed goes, then more in the order of its own score. The constructed networks are fine-tuned for
+``finetune`` epochs in one and the same way. H2SPG, which trains for a budget, trains once for each. One JSON line per
+budget; trainings that are there are not run again. ``--held-out 5000`` reports on training images kept out of
+training, to choose strengths by.
 """
 
 import argparse
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,6 @@ from torch.nn.functional import cross_entropy
 
 from espalier.construct import construct
 from espalier.data import load
-from espalier.experiments.spread import spread
 from espalier.models.lenet5 import LeNet5
 from espalier.saliency import named
 from espalier.space.budget import Budget
@@ -46,35 +48,29 @@ PROXIMAL: dict[str, Callable[[Grouping, float], FlatProximal]] = {
 }
 GATES_LR = {"hc": 2e-2, "ar": 3e-3, "arm": 3e-3}  # of φ; the weights' is 1e-3
 
-COLUMNS = (
-    "method",
-    "strength",
-    "seeds",
-    "itself: MACs left, accuracy %",
-    "cut: widths",
-    "accuracy after the cut %",
-    "after fine-tuning %",
-    "CPU s",
-)
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. ``strength``: μ of the proximal methods, λ of the gates (divided by the number of images)."""
+    """One training. ``strength``: μ of the proximal methods, λ of the gates (divided by the number of images);
+    ``macs``: the budgets, as shares of the full network's; ``held_out``: training images to report on instead of the
+    test images.
+    """
 
     method: str = "proxsgd"
     strength: float = 0.0
-    macs: float = 0.25
-    epochs: int = 8
-    finetune: int = 2
-    images: int = 10_000
+    macs: tuple[float, ...] = (0.5, 0.25, 0.1)
+    epochs: int = 5
+    finetune: int = 1
+    images: int = 60_000
     batch_size: int = 100
     seed: int = 0
+    held_out: int = 0
 
     @property
     def name(self) -> str:
         """Of the run's file."""
-        return f"{self.method}-{self.strength:g}-{self.macs:g}-{self.epochs}-{self.finetune}-{self.images}-{self.seed}"
+        part = f"-{self.held_out}" if self.held_out else ""
+        return f"{self.method}-{self.strength:g}-{self.epochs}-{self.finetune}-{self.images}-{self.seed}{part}"
 
 
 STRENGTH = {"proxsgd": 0.02, "rmda": 0.03, "ramda": 0.008, "l0-hc": 0.03, "l0-ar": 0.1, "l0-arm": 0.1}
@@ -111,7 +107,7 @@ class Trainer:
                 opt = PROXIMAL[recipe.method](space_groups(space), recipe.strength)
         elif recipe.method == "h2spg":
             opt = H2SPG(
-                space, torch.optim.SGD, Budget(macs=recipe.macs), saliency="relative", warmup_steps=steps // 5,
+                space, torch.optim.SGD, Budget(macs=recipe.macs[0]), saliency="relative", warmup_steps=steps // 5,
                 projection_steps=steps // 2, lr=0.02, momentum=0.9,
             )  # fmt: skip
         else:
@@ -129,6 +125,13 @@ class Trainer:
         self.opt.step()
         if self.gates is not None:
             self.gates.clamp_()
+
+    def slow_down(self) -> None:
+        """A tenth of the learning rate from here on."""
+        for group in self.opt.param_groups:
+            group["lr"] *= 0.1
+        if isinstance(self.opt, RMDA):
+            self.opt.restart()  # as its authors do
 
     def outcome(self) -> tuple[list[str], list[str]]:
         """Names of what is closed, and all names in the order in which they go; the model holds the final weights."""
@@ -152,61 +155,61 @@ class Trainer:
         return closed, [*(n for n in order if n in first), *(n for n in order if n not in first)]
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
-    """Train, cut to the budget, fine-tune; accuracies on all test images."""
-    x, y = load("fashion-mnist", "train", validation=0).tensors()
-    test = load("fashion-mnist", "test").tensors()
+def run(recipe: Recipe) -> list[dict[str, Any]]:
+    """Train, cut to every budget, fine-tune; a line for each budget."""
+    if recipe.method == "h2spg" and len(recipe.macs) > 1:
+        return [line for share in recipe.macs for line in run(replace(recipe, macs=(share,)))]
+    x, y = load("fashion-mnist", "train", validation=recipe.held_out).tensors()
+    shown = ("validation" if recipe.held_out else "test", recipe.held_out or 0.1)
+    test = load("fashion-mnist", shown[0], validation=shown[1]).tensors()
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(recipe.seed))[: recipe.images]
-    x, y = x[chosen], y[chosen]
+    x, y = x[chosen].to(memory_format=torch.channels_last), y[chosen]  # in which pooling is several times faster
     torch.manual_seed(recipe.seed)
     space = search_space(LeNet5(), (torch.zeros(2, 1, 28, 28),), levels=("channel",))
-    steps = recipe.epochs * (recipe.images // recipe.batch_size)
-    trainer, start = Trainer(recipe, space, steps), time.process_time()
+    steps = recipe.epochs * -(-len(x) // recipe.batch_size)
+    trainer, done, start = Trainer(recipe, space, steps), 0, time.process_time()
     draw = torch.Generator().manual_seed(recipe.seed + 1000)
     for _ in range(recipe.epochs):
         space.model.train()
         for rows in torch.randperm(len(x), generator=draw).split(recipe.batch_size):
+            if done == steps * 2 // 3:
+                trainer.slow_down()
             trainer.step(x[rows], y[rows])
+            done += 1
+        print(f"{recipe.name}: step {done} of {steps}", file=sys.stderr, flush=True)
     closed, order = trainer.outcome()
     full = space.cost()
     own = space.removable_in_order(closed)
-    line: dict[str, Any] = asdict(recipe) | {"cpu_s": round(time.process_time() - start, 1)}
-    line |= {"own_macs": round(space.cost(own).macs / full.macs, 4), "own_structures": len(own)}
-    line["own_accuracy"] = accuracy(construct(space, space.solution(own)), *test)
-    removed = meet(space, order, Budget(macs=recipe.macs))
-    small = construct(space, space.solution(removed))
-    cost = space.cost(removed)
-    line |= {"macs": round(cost.macs / full.macs, 4), "params": round(cost.params / full.params, 4)}
-    line["widths"] = [f.count - sum(n.startswith(f"{f.name}[") for n in removed) for f in space.families]
-    line["cut_accuracy"] = accuracy(small, *test)
-    tuned = torch.optim.SGD(small.parameters(), lr=0.01, momentum=0.9)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(tuned, max(1, recipe.finetune * steps // recipe.epochs))
+    trained = {k: v for k, v in asdict(recipe).items() if k != "macs"}
+    trained |= {"cpu_s": round(time.process_time() - start, 1)}
+    trained |= {"own_macs": round(space.cost(own).macs / full.macs, 4), "own_structures": len(own)}
+    trained["own_accuracy"] = accuracy(construct(space, space.solution(own)), *test)
+    lines = []
+    for share in recipe.macs:
+        removed = own if space.cost(own).macs <= share * full.macs else meet(space, order, Budget(macs=share))
+        small, cost = construct(space, space.solution(removed)), space.cost(removed)
+        line = trained | {"budget": share, "macs": round(cost.macs / full.macs, 4)}
+        line["params"] = round(cost.params / full.params, 4)
+        line["widths"] = [f.count - sum(n.startswith(f"{f.name}[") for n in removed) for f in space.families]
+        line["cut_accuracy"] = accuracy(small, *test)
+        finetune(small, x, y, recipe)
+        lines.append(line | {"accuracy": accuracy(small, *test)})
+    return lines
+
+
+def finetune(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> None:
+    """SGD with a learning rate that falls from 0.01 to 0 by a cosine; the same batches for every method."""
+    opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    steps = recipe.finetune * -(-len(x) // recipe.batch_size)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(opt, max(1, steps))
+    draw = torch.Generator().manual_seed(recipe.seed + 2000)
+    model.train()
     for _ in range(recipe.finetune):
-        small.train()
         for rows in torch.randperm(len(x), generator=draw).split(recipe.batch_size):
-            tuned.zero_grad()
-            cross_entropy(small(x[rows]), y[rows]).backward()
-            tuned.step()
+            opt.zero_grad()
+            cross_entropy(model(x[rows]), y[rows]).backward()
+            opt.step()
             cosine.step()
-    line["accuracy"] = accuracy(small, *test)
-    return line
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown of all runs: means, and sample deviations where a method has several seeds."""
-    rows = [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
-    for method in METHODS:
-        runs = sorted((line for line in lines if line["method"] == method), key=lambda line: line["seed"])
-        if runs:
-            own = f"{_spread(runs, 'own_macs', 3)}, {_spread(runs, 'own_accuracy')}"
-            widths = ", ".join("-".join(map(str, run["widths"])) for run in runs)
-            cells = (f"{runs[0]['strength']:g}", str(len(runs)), own, widths, _spread(runs, "cut_accuracy"))
-            rows.append(f"| {' | '.join((method, *cells, _spread(runs, 'accuracy'), _spread(runs, 'cpu_s', 0)))} |")
-    return "\n".join(rows)
-
-
-def _spread(runs: list[dict[str, Any]], key: str, digits: int = 2) -> str:
-    return spread((run[key] for run in runs), digits)
 
 
 def main() -> None:
@@ -214,26 +217,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--strength", type=float, help="μ or λ; default: of the method")
-    parser.add_argument("--macs", type=float, default=0.25)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--finetune", type=int, default=2)
-    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.25, 0.1])
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--finetune", type=int, default=1)
+    parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--held-out", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/sparse_methods"))
-    parser.add_argument("--table", action="store_true", help="print what is in --out, a folder or a file of lines")
     args = parser.parse_args()
-    if args.table:
-        paths = [args.out] if args.out.is_file() else sorted(args.out.glob("*.json"))
-        print(table([json.loads(line) for path in paths for line in path.read_text().splitlines()]))
-        return
     args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_flush_denormal(True)
     for seed in args.seed:
         for method in args.method:
             strength = STRENGTH.get(method, 0.0) if args.strength is None else args.strength
-            recipe = Recipe(method, strength, args.macs, args.epochs, args.finetune, args.images, seed=seed)
-            path = args.out / f"{recipe.name}.json"
+            recipe = Recipe(
+                method, strength, tuple(args.macs), args.epochs, args.finetune, args.images, seed=seed,
+                held_out=args.held_out,
+            )  # fmt: skip
+            path = args.out / f"{recipe.name}.jsonl"
             if not path.exists():
-                path.write_text(json.dumps(run(recipe)) + "\n")
+                lines = "".join(f"{json.dumps(line)}\n" for line in run(recipe))
+                path.with_suffix(".tmp").write_text(lines)
+                path.with_suffix(".tmp").replace(path)
             print(path.read_text(), end="", flush=True)
 
 
