@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from espalier import search_space
 from espalier.errors import TrainingError
@@ -239,3 +240,99 @@ def test_a_state_of_other_gates_is_refused():
     layer_gates(network(), estimator="disarm").load_state_dict(saved)  # φ means the same
     del saved["_extra_state"]["gate"]  # as saved by older versions
     layer_gates(network(), g=Sigmoid(7.0)).load_state_dict(saved)
+
+
+# What calls may look like.
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool | None):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+        self.head = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = self.body(x)
+        if self.reentrant is None or not torch.is_grad_enabled():
+            return self.head(x)
+        return checkpoint(self.head, x, use_reentrant=self.reentrant)
+
+
+def on_layers(model: nn.Module) -> Gates:
+    return Gates(model, [input_gates(model, "head.2", producer="head.0")], lam=0.1)
+
+
+def on_a_space(model: nn.Module) -> SpaceGates:
+    return SpaceGates(search_space(model, (torch.randn(2, 4),), levels=("channel",)), lam=0.1)
+
+
+@pytest.mark.parametrize("made", [on_layers, on_a_space])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_refused(made, reentrant):
+    """Whatever is computed again in the backward pass would be computed without the drawn gates."""
+    model = Checkpointed(None)
+    gates = made(model)
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    gates.backward(lambda: cross_entropy(gates(x), y))
+    model.reentrant = reentrant
+    with pytest.raises(TrainingError, match=r"'head.*checkpointing"):
+        gates.backward(lambda: cross_entropy(gates(x), y))
+    model.reentrant = None
+    gates.backward(lambda: cross_entropy(gates(x), y))
+
+
+@pytest.mark.parametrize("made", [on_layers, on_a_space])
+def test_the_penalty_counts_once_in_a_step_of_several_calls(made):
+    model = Checkpointed(None)
+    gates = made(model)
+    gates.phi.grad = None
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    found = []
+    for share in (1.0, 0.25, 0.0):
+        gates.zero_grad()
+        gates._generator.manual_seed(5)
+        gates.backward(lambda: cross_entropy(gates(x), y), penalty_share=share)
+        found.append(gates.phi.grad.clone())
+    gates.zero_grad()
+    gates.penalty().backward()
+    torch.testing.assert_close(found[0] - found[2], gates.phi.grad)
+    torch.testing.assert_close(found[1] - found[2], 0.25 * gates.phi.grad)
+
+
+@pytest.mark.parametrize("made", [on_layers, on_a_space])
+def test_calls_that_cannot_be_right(made):
+    gates, x, y = made(Checkpointed(None)), torch.randn(8, 4), torch.arange(8) % 3
+    with pytest.raises(TrainingError, match="a function that evaluates the loss"):
+        gates.backward(cross_entropy(gates(x), y))
+    with pytest.raises(TrainingError, match="the loss is a float"):
+        gates.backward(lambda: float(cross_entropy(gates(x), y)))
+    with pytest.raises(TrainingError, match="penalty_share"):
+        gates.backward(lambda: cross_entropy(gates(x), y), penalty_share=-1.0)
+    gates.phi.requires_grad_(False)
+    with pytest.raises(TrainingError, match="phi is frozen"):
+        gates.backward(lambda: cross_entropy(gates(x), y))
+
+
+def test_gates_of_a_space_act_in_their_own_call():
+    """On layers they act through hooks, wherever the model is called."""
+    x, y, model = torch.randn(8, 4), torch.arange(8) % 3, Checkpointed(None)
+    gates = on_a_space(model)
+    with pytest.raises(TrainingError, match=r"through gates\(x\)"):
+        gates.backward(lambda: cross_entropy(model(x), y))
+    on_layers(model).backward(lambda: cross_entropy(model(x), y))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"g": "sigmoid"}, "such as Sigmoid"),
+        ({"lam": None}, "lam is a number"),
+        ({"initial": "half"}, "initial is a number"),
+        ({"threshold": None}, "threshold: a number"),
+    ],
+)
+def test_options_that_are_none(options, words):
+    model = Checkpointed(None)
+    with pytest.raises(TrainingError, match=words):
+        Gates(model, [input_gates(model, "head.2", producer="head.0")], **options)

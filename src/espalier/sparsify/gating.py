@@ -17,6 +17,7 @@ from espalier.sparsify.hard_concrete import HardConcrete
 from espalier.sparsify.passes import frozen_statistics, same_noise
 from espalier.sparsify.penalty import expected_l0
 from espalier.sparsify.probability import Probability, Sigmoid, draw_phi
+from espalier.sparsify.recomputation import recomputation_refused
 from espalier.sparsify.threshold import checked_threshold, histogram_threshold
 
 
@@ -36,6 +37,17 @@ class Options:
     reference: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.estimator not in ("hc", *ESTIMATORS):
+            raise TrainingError(f"unknown estimator '{self.estimator}': there are hc, {', '.join(ESTIMATORS)}.")
+        if self.g is not None and not hasattr(self.g, "logit_slope"):
+            raise TrainingError(f"g is a function such as Sigmoid(k=7.0) or HardSigmoid(), not {self.g!r}.")
+        for name in ("lam", "initial"):
+            value = getattr(self, name)
+            numbers = value.values() if isinstance(value, Mapping) else [value]
+            if not all(hasattr(n, "__float__") for n in numbers):
+                raise TrainingError(f"{name} is a number, or one for each site by its name, not {value!r}.")
+
 
 class Gating(nn.Module):
     """Gates of a model; a subclass says what they multiply. ``phi`` [V] are their parameters, site after site.
@@ -45,11 +57,10 @@ class Gating(nn.Module):
     """
 
     phi: nn.Parameter
+    acts_in_calls = False  # whether the gates act in ``gates(x)`` alone, and not wherever the model is called
 
     def __init__(self, model: nn.Module, names: Sequence[str], counts: Sequence[int], sizes: Tensor, options: Options):
         super().__init__()
-        if options.estimator not in ("hc", *ESTIMATORS):
-            raise TrainingError(f"unknown estimator '{options.estimator}': there are hc, {', '.join(ESTIMATORS)}.")
         self._model = [model]  # in a list, so that the model's parameters stay its own
         self.names, self.counts = tuple(names), tuple(counts)
         self.estimator, self.g, self.concrete = options.estimator, options.g or Sigmoid(), HardConcrete()
@@ -74,8 +85,13 @@ class Gating(nn.Module):
         self.phi = nn.Parameter(phi.to(device))
         self.register_buffer("_cost", (lam * sizes / options.examples).to(phi.dtype).to(device), persistent=False)
         self._z: Tensor | None = None
+        self._was_called = False
         self._watch = Watch()
         self._finished = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._was_called = True
+        return super().__call__(*args, **kwargs)
 
     @property
     def threshold(self) -> float | str:
@@ -132,6 +148,7 @@ class Gating(nn.Module):
         loss: Callable[[], Tensor],
         batch_size: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        penalty_share: float = 1.0,
     ) -> Tensor:
         """Draw gates, evaluate ``loss`` under them, and leave gradients everywhere; returns the loss (mean,
         no penalty).
@@ -140,13 +157,25 @@ class Gating(nn.Module):
         one loss per example [B], B = ``batch_size``. With a ``scaler`` all gradients are scaled, for
         ``scaler.unscale_(opt)`` and ``scaler.step(opt)`` to follow. Under ``torch.distributed`` all gradients are
         averaged over ranks, which draw the same gates (``per_sample``: the same for their first, second, ... example).
+        ``penalty_share`` is the share of the penalty that this call adds: 1/k where k calls, with losses divided by k,
+        make one step of the optimizer.
 
-        Raises :class:`TrainingError` for a misshapen loss, one that nothing trainable depends on, and for losses (of
-        either pass, on any rank: then on all) or gradients that are not finite; with an enabled scaler gradients are
-        its business. On an accelerator, which the step does not wait for, what is not finite is raised two steps later.
+        Raises :class:`TrainingError` for a misshapen loss, one that nothing trainable depends on, for activation
+        checkpointing, and for losses (of either pass, on any rank: then on all) or gradients that are not finite; with
+        an enabled scaler gradients are its business. On an accelerator, which the step does not wait for, what is not
+        finite is raised two steps later.
         """
         if self._finished:
             raise TrainingError("these gates are folded into the model (finish): there is nothing left to train.")
+        if not callable(loss):
+            raise TrainingError(
+                f"backward takes a function that evaluates the loss, backward(lambda: criterion(gates(x), y)), not a "
+                f"{type(loss).__name__}: the gates are drawn before it is called."
+            )
+        if not self.phi.requires_grad:
+            raise TrainingError("phi is frozen (requires_grad=False): the gates would not train.")
+        if not penalty_share >= 0.0:
+            raise TrainingError(f"penalty_share is at least 0, not {penalty_share}.")
         if self.per_sample and not batch_size:
             raise TrainingError("per_sample=True: give backward() the batch_size.")
         u, partner = self._noise(batch_size), None
@@ -165,8 +194,10 @@ class Gating(nn.Module):
         if scaler is not None:
             scale = scaler.scale(scale)
         pi = self.probabilities()
-        of_pi = scale * self._shrink(pi.detach(), scale)
-        torch.autograd.backward([mean * scale, pi], [torch.ones_like(mean), of_pi])
+        share = scale if penalty_share == 1.0 else scale * penalty_share
+        of_pi = share * self._shrink(pi.detach(), share)
+        with recomputation_refused(self.model):
+            torch.autograd.backward([mean * scale, pi], [torch.ones_like(mean), of_pi])
         self._collect()
         with torch.no_grad():
             if self.estimator != "hc":
@@ -194,14 +225,14 @@ class Gating(nn.Module):
                 f"this state is of gates whose π is {saved}, and these are {self._gate}: make the gates with the same "
                 "estimator and g."
             )
-        self._generator.set_state(state["generator"])
+        self._generator.set_state(state["generator"].cpu())  # torch.load may have mapped it to a device
 
     # Inside.
 
     @property
     def _gate(self) -> str:
         """How φ is read."""
-        return "hard concrete" if self.estimator == "hc" else f"{type(self.g).__name__}(k={self.g.k})"
+        return "hard concrete" if self.estimator == "hc" else f"{type(self.g).__name__}(k={float(self.g.k)})"
 
     def _noise(self, batch_size: int | None) -> Tensor:
         """Uniform noise [V], or with ``per_sample`` [B, V]; either takes as much of the generator, whatever B is."""
@@ -272,11 +303,15 @@ class Gating(nn.Module):
         return torch.tensor(per_site).repeat_interleave(torch.tensor(self.counts))
 
     def _evaluate(self, loss: Callable[[], Tensor], z: Tensor) -> Tensor:
-        self._z = z
+        self._z, self._was_called = z, False
         try:
             f = loss()
         finally:
             self._z = None
+        if not isinstance(f, Tensor):
+            raise TrainingError(f"the loss is a {type(f).__name__}, expected a tensor: return it from the function.")
+        if self.acts_in_calls and not self._was_called:
+            raise TrainingError("the loss did not run the model through gates(x), where the gates act: call that.")
         wanted = (z.shape[0],) if z.ndim > 1 else ()
         if f.shape != wanted:
             raise TrainingError(f"the loss has shape {tuple(f.shape)}, expected {wanted}; see per_sample.")

@@ -63,6 +63,8 @@ class SpaceGates(Gating):
     an operator averages over a gated axis in a way that gates do not know.
     """
 
+    acts_in_calls = True
+
     def __init__(
         self,
         space: SearchSpace,
