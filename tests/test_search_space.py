@@ -120,6 +120,7 @@ def test_keep_by_name_type_and_predicate() -> None:
     assert "keep=" in space.kept["conv8-bn8"]
     with pytest.raises(SpaceError, match="matches no module"):
         espalier.search_space(model, IMAGE, keep=("conv99",))
+    assert "conv2-bn2" not in names(espalier.search_space(model, IMAGE, levels="segment", keep="conv2"))
     with pytest.raises(SpaceError, match="unknown level"):
         espalier.search_space(model, IMAGE, levels=("sgement",))
 

@@ -321,9 +321,9 @@ def search_space(
     >>> space.is_valid(["a"]), space.is_valid(["a", "b"])
     (True, False)
 
-    ``args`` and ``kwargs`` are example inputs. ``levels``: any of "segment", "channel" (filters, neurons, embedding
-    widths), "head" (of attention) and "kernel" (one k × k slice of a convolution, masked rather than removed), in
-    one space. ``keep`` protects modules: a dotted path (with all below it), a module type, or a predicate of
+    ``args`` and ``kwargs`` are example inputs. ``levels``: one or several of "segment", "channel" (filters, neurons,
+    embedding widths), "head" (of attention) and "kernel" (one k × k slice of a convolution, masked rather than
+    removed), in one space. ``keep`` protects modules: a dotted path (with all below it), a module type, or a predicate of
     (path, module).
 
     ``parameterless=True`` makes skips, pools and identities removable too, which the paper cannot: each gets one
@@ -341,6 +341,8 @@ def search_space(
     Raises :class:`TraceError` if the model cannot be traced, :class:`SpaceError` for an unknown level or a
     ``keep`` that matches nothing.
     """
+    levels = (levels,) if isinstance(levels, str) else tuple(levels)
+    keep = (keep,) if isinstance(keep, str | type) else tuple(keep)
     unknown = [level for level in levels if level not in LEVELS]
     if unknown or not levels:
         known = ", ".join(f"'{level}'" for level in LEVELS)
@@ -364,7 +366,7 @@ def search_space(
     if "kernel" in levels:
         families += kernel_families(traced.model, held, {f.name for f in families})
     space = SearchSpace(traced, graph, families, kept, axes)
-    space.options = {"levels": tuple(levels), "keep": tuple(keep), "parameterless": parameterless}
+    space.options = {"levels": levels, "keep": keep, "parameterless": parameterless}
     return space
 
 
