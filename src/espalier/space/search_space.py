@@ -323,8 +323,8 @@ def search_space(
 
     ``args`` and ``kwargs`` are example inputs. ``levels``: one or several of "segment", "channel" (filters, neurons,
     embedding widths), "head" (of attention) and "kernel" (one k × k slice of a convolution, masked rather than
-    removed), in one space. ``keep`` protects modules: a dotted path (with all below it), a module type, or a predicate of
-    (path, module).
+    removed), in one space. ``keep`` protects modules: a dotted path (with all below it), a module type, or a predicate
+    of (path, module).
 
     ``parameterless=True`` makes skips, pools and identities removable too, which the paper cannot: each gets one
     trainable scalar, at first 1, that multiplies its output. ``space.model`` is then a module of its own, an
