@@ -329,10 +329,38 @@ def test_bisection_meets_a_target_that_warm_starts_jump_over():
     assert found.best.state == 10  # a fresh start
 
 
+def test_bisection_meets_a_target_where_only_fresh_starts_can():
+    """A trained network that resists until it collapses; fresh starts cross far below that jump."""
+
+    def run(mu, share):
+        found = 1 / (1 + (mu / 0.05) ** 2) if share is None else share if mu < 0.3 else 0.05
+        return found, found
+
+    found = bisect_mu(run, target=0.5, mu=1e-3)
+    assert found.met
+    assert found.best.mu == pytest.approx(0.051, abs=0.002)
+
+
 def test_search_needs_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ImportError, match=r"pip install 'espalier\[search\]'"):
         search(lambda mu, lr, rho: mu)
+
+
+def test_search_makes_up_for_trainings_that_diverge():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    calls = []
+
+    def objective(mu, lr, rho):
+        calls.append(mu)
+        return float("nan") if len(calls) % 3 == 0 else mu
+
+    study = search(objective, trials=5)
+    assert sum(t.state.name == "COMPLETE" for t in study.trials) == 5
+    assert len(calls) == 7
+    with pytest.warns(UserWarning, match="2 of 2 trials did not finish"):
+        study = search(lambda mu, lr, rho: float("nan"), trials=2)
+    assert len(study.trials) == 4
 
 
 def test_search_resumes_from_its_storage(tmp_path):

@@ -1,6 +1,7 @@
 """The penalty's weight μ found automatically: a target of structures, parameters or MACs."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -40,7 +41,7 @@ def bisect_mu(
     mu: float,
     *,
     tolerance: float = 0.02,
-    max_trials: int = 12,
+    max_trials: int = 20,
     factor: float = 4.0,
     warm_start: bool = True,
 ) -> Bisection[S]:
@@ -56,7 +57,7 @@ def bisect_mu(
     from the state of the nearest trial with a smaller μ (a larger network: what is zero rarely revives). What
     stays need not fall with μ: a trial that contradicts the bracket becomes its new end, a bracket that
     closes on a jump is opened upwards, and the best trial is kept whatever happens later. A warm start trains on, and
-    may thereby jump over the target whatever μ is: after a first jump every trial starts afresh.
+    may thereby jump over the target whatever μ is: after a first jump every trial starts afresh, from the same μ.
 
     Raises ValueError for a target or tolerance outside [0, 1] and for μ <= 0.
     """
@@ -79,8 +80,11 @@ def bisect_mu(
         else:
             high = mu
             low = None if low is not None and low >= mu else low
-        if low is not None and high is not None and high / low < (1.1 if warm else 1.02):
-            low, high, warm = high, None, False  # a jump, not a crossing: look for another beyond it
+        if warm and low is not None and high is not None and high / low < 1.1:
+            mu, low, high, warm = high, None, None, False  # where fresh starts cross is open again, on both sides
+            continue
+        if low is not None and high is not None and high / low < 1.02:
+            low, high = high, None  # a jump, not a crossing: look for another beyond it
         if low is None and high is not None:
             mu = high / factor
         elif high is None and low is not None:
@@ -126,7 +130,7 @@ def fit_to_target(
     of: str = "macs",
     mu: float = 1e-3,
     tolerance: float = 0.02,
-    max_trials: int = 12,
+    max_trials: int = 20,
     factor: float = 4.0,
     warm_start: bool = True,
 ) -> Bisection[Fitted]:
@@ -188,7 +192,9 @@ def search(
     """Minimise ``objective(mu, lr, rho)`` with optuna; a study in ``storage`` goes on where it stopped.
 
     ``storage`` is optuna's, "sqlite:///search.db" for one. Returns the optuna study, with ``trials`` finished
-    trials in all. Raises ImportError, naming the extra to install, without optuna.
+    trials in all. An objective of nan, as after a training that diverged, does not count as finished; a call makes at
+    most ``trials`` further attempts for such ones and warns if that was not enough. Raises ImportError, naming the
+    extra to install, without optuna.
     """
     try:
         import optuna  # pyright: ignore[reportMissingImports]
@@ -204,6 +210,13 @@ def search(
             trial.suggest_float("rho", *rho),
         )
 
-    done = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
-    study.optimize(one, n_trials=max(0, trials - done))
+    def missing() -> int:
+        return max(0, trials - sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials))
+
+    attempts = missing() + trials
+    while 0 < missing() <= attempts:
+        attempts -= missing()
+        study.optimize(one, n_trials=missing())
+    if missing():
+        warnings.warn(f"{missing()} of {trials} trials did not finish: too many objectives were nan.", stacklevel=2)
     return study
