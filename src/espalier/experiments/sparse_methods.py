@@ -73,7 +73,7 @@ class Recipe:
         return f"{self.method}-{self.strength:g}-{self.epochs}-{self.finetune}-{self.images}-{self.seed}{part}"
 
 
-STRENGTH = {"proxsgd": 0.02, "rmda": 0.03, "ramda": 0.008, "l0-hc": 0.03, "l0-ar": 0.1, "l0-arm": 0.1}
+STRENGTH = {"proxsgd": 0.01, "rmda": 0.01, "ramda": 0.004, "l0-hc": 0.3, "l0-ar": 0.3, "l0-arm": 0.3}
 
 
 @torch.no_grad()

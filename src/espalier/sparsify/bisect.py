@@ -83,7 +83,7 @@ def bisect_mu(
         if warm and low is not None and high is not None and high / low < 1.1:
             mu, low, high, warm = high, None, None, False  # where fresh starts cross is open again, on both sides
             continue
-        if low is not None and high is not None and high / low < 1.02:
+        if low is not None and high is not None and high / low < 1.005:
             low, high = high, None  # a jump, not a crossing: look for another beyond it
         if low is None and high is not None:
             mu = high / factor
