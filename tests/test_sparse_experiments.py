@@ -12,7 +12,16 @@ from torch import nn
 
 from espalier import Budget, construct, search_space
 from espalier.data import Dataset
-from espalier.experiments import gsparsity, l0, l0_plots, l0_table, l0_wrn, sparse_methods, sparse_methods_report
+from espalier.experiments import (
+    gsparsity,
+    gsparsity_mlp,
+    l0,
+    l0_plots,
+    l0_table,
+    l0_wrn,
+    sparse_methods,
+    sparse_methods_report,
+)
 from espalier.experiments.logs import forget_after
 from espalier.models.lenet5 import LeNet5
 from espalier.models.wide_resnet import WideResNet
@@ -170,6 +179,19 @@ def test_a_training_is_cut_to_every_budget(monkeypatch, method):
     if method == "ramda":
         assert all(line["macs"] <= line["own_macs"] for line in lines)
         assert lines[0]["own_accuracy"] == lines[1]["own_accuracy"]
+
+
+def test_neurons_at_a_mu_and_at_a_target():
+    """Before and after removal are the same; with a target the best trial is the one that is built."""
+    make = torch.Generator().manual_seed(0)
+    data = torch.randn(400, 784, generator=make), torch.randint(10, (400,), generator=make)
+    line = gsparsity_mlp.run("proxsgd", 0.05, 1, 0.1, 0, data, data)
+    assert line["before"] == line["after"]
+    found = gsparsity_mlp.to_target("proxsgd", 0.5, 1, 0.1, 0, data, data)
+    assert found["before"] == found["after"]
+    assert found["met"]
+    assert 0.48 <= found["macs"] <= 0.5
+    assert found["trials"][-1] == [found["mu"], found["macs"]]
 
 
 def test_figures_2_and_3_are_drawn_from_the_committed_logs(tmp_path):
