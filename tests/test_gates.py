@@ -259,9 +259,9 @@ def test_bad_input():
     with pytest.raises(TrainingError, match="no multiple"):
         output_gates(nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 2)), "0", consumers=["1"])
     with pytest.raises(TrainingError, match=r"give backward\(\) the batch_size"):
-        Gates(model, [site], per_sample=True).backward(lambda: torch.zeros(()))
+        Gates(Tiny(), [site], per_sample=True).backward(lambda: torch.zeros(()))
     with pytest.raises(TrainingError, match="expected"):
-        Gates(model, [site]).backward(lambda: model(torch.zeros(2, 3)))
+        Gates(Tiny(), [site]).backward(lambda: model(torch.zeros(2, 3)))
     with pytest.raises(TrainingError, match="the loss is nan"):
         Gates(Tiny(), [site]).backward(lambda: torch.tensor(float("nan"), requires_grad=True))
     frozen = Tiny().requires_grad_(False)

@@ -174,11 +174,144 @@ def test_the_sites_are_tried_out_once():
     gates(X * float("nan"))  # tells nothing: tried again
     assert len(calls) == 2
     gates(X)
-    assert len(calls) == 2 + 3 + 1
+    assert len(calls) == 2 + 4 + 1
     gates(X)
-    assert len(calls) == 7
+    assert len(calls) == 8
     assert calls[-1]
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class Masked(nn.Module):
+    """The last class is never taken: its logit is ``fill``."""
+
+    def __init__(self, fill: float, added: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.fill, self.added = nn.Linear(6, 8), nn.Linear(8, 4), fill, added
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        y = y + x.sum(-1, keepdim=True) if self.added else y
+        return self.b(y).masked_fill(torch.arange(4) == 3, self.fill)
+
+
+FILLS = [float("-inf"), float("inf"), float("nan"), -1e9, torch.finfo(torch.float32).min]
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("fill", FILLS)
+def test_masked_logits(fill, conditional):
+    """What is infinite or NaN anyway, or huge, does not keep the sites from being tried out, once."""
+    torch.manual_seed(0)
+    model, calls = Masked(fill), []
+    gates = Gates(model, [input_gates(model, "b", producer="a")], conditional=conditional, seed=1)
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    gates.backward(lambda: gates(X)[:, :3].square().mean())
+    gates(X)
+    assert len(calls) == 4 + 2 + 1
+    handle.remove()
+    before = gates(X).detach()
+    torch.testing.assert_close(sliced(gates)(X), before, equal_nan=True)
+    torch.testing.assert_close(gates.finish()(X), before, equal_nan=True)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_masked_logits_cover_nothing_up(fill):
+    torch.manual_seed(0)
+    model = Masked(fill, added=True)
+    with pytest.raises(TrainingError, match=r"'a', said to be read by 'b' alone: closing them"):
+        Gates(model, [output_gates(model, "a", consumers=["b"])])(X)
+
+
+@pytest.mark.parametrize("x", [X * float("nan"), X * float("inf")])
+def test_an_output_that_tells_nothing(x):
+    """Said so, and units are then multiplied, not left out, until one tells."""
+    model = chain(nn.ReLU())
+    gates = Gates(model, [input_gates(model, "2", producer="0")], conditional=True, initial=0.3, seed=1)
+    with pytest.warns(UserWarning, match="held no finite number.* all units are computed"):
+        gates(x)
+    with pytest.raises(TrainingError, match="'2' first, is not known: the network's output held no finite number"):
+        gates.finish()
+    seen = []
+    handle = model[1].register_forward_hook(lambda m, args, out: seen.append(out.shape[-1]))
+    with pytest.raises(TrainingError, match="nan"):
+        gates.backward(lambda: gates(x).mean())
+    assert set(seen) == {8}
+    handle.remove()
+    gates(X)
+    assert gates.masks()
+
+
+class TokenMixer(nn.Module):
+    """[B, ..., C] with gates on the inputs of the first layer, which nothing makes narrow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.f1, self.f2, self.h = nn.Linear(6, 5), nn.Linear(5, 9), nn.Linear(9, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.p(x)
+        return self.h(y + self.f2(nn.functional.gelu(self.f1(y)))).reshape(len(x), -1, 3).mean(1)
+
+
+@pytest.mark.parametrize("estimator", ["hc", "arm"])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 7, 2, 6)])
+def test_features_of_a_linear_layer_are_last(shape, estimator):
+    """With any number of dimensions before; conditional computation against multiplication, then all that remains."""
+    x, y, found = torch.randn(shape, dtype=torch.float64), torch.arange(4) % 3, []
+    for conditional in (False, True):
+        torch.manual_seed(0)
+        model = TokenMixer().double()
+        sites = [input_gates(model, "f2", producer="f1"), input_gates(model, "p"), input_gates(model, "h")]
+        options = {"initial": 0.4 if estimator == "arm" else 0.08, "seed": 3, "estimator": estimator}
+        gates = Gates(model, sites, conditional=conditional, **options).double()
+        seen = []
+        model.f1.register_forward_hook(lambda m, args, out, seen=seen: seen.append(out.shape[-1]))
+        gates(x)
+        seen.clear()
+        loss = gates.backward(lambda g=gates: cross_entropy(g(x), y))
+        assert (min(seen) < 9) == conditional
+        found.append([loss, *(p.grad for p in (gates.phi, *model.parameters()))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        gates.phi.copy_(torch.randn(gates.phi.shape, generator=torch.Generator().manual_seed(2)) * 3)
+    before = gates(x).detach()
+    small = sliced(gates)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    assert torch.allclose(small(x), before, atol=1e-12)
+    assert torch.allclose(gates.finish()(x), before, atol=1e-12)
+
+
+def test_the_site_to_blame_is_named():
+    """Of a right and a wrong one, whatever their order."""
+    for turn in (1, -1):
+        model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval()
+        sites = [input_gates(model, "2", producer="0"), input_gates(model, "4", producer="2")]
+        gates = Gates(model, sites[::turn])
+        gates(X)
+        with pytest.raises(TrainingError, match=r"gates '4' on the input of '4'.*'3' \(BatchNorm1d\)"):
+            gates.need_narrow()
+
+
+def test_sites_that_do_not_fit():
+    model = chain(nn.ReLU())
+    site = input_gates(model, "2", producer="0")
+    for sites, words in (
+        (site, r"sites is one site, '2', and no list: give \[input_gates"),
+        (["2"], "'2' is no site: make sites with input_gates"),
+        ("2", "'2' is no site"),
+        ([site, input_gates(model, "2", name="again")], "two sites gate the input of '2'"),
+        ([input_gates(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), "2")], "another model"),
+        (
+            [input_gates(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.ReLU(), nn.Linear(8, 3)), "3")],
+            "'3.weight' is mis",
+        ),
+    ):
+        with pytest.raises(TrainingError, match=words):
+            Gates(model, sites)
+    assert not model[2]._forward_pre_hooks
+    with pytest.raises(TrainingError, match=r"consumers is a list of layers: consumers=\['2'\]"):
+        output_gates(model, "0", consumers="2")
 
 
 def test_under_autocast():

@@ -23,38 +23,54 @@ def try_sites(
 ) -> list[str] | None:
     """Compare gates that multiply with closed units at zero, and with closed units left out, site by site.
 
-    With noise on all parameters, and half of one site's gates closed: three evaluations per site. Raises
+    With noise on all parameters, and half of one site's gates closed: an evaluation, and three per site. Raises
     :class:`TrainingError` where zeros differ. Returns why units cannot be left out, empty where they can; None where
-    the output is not finite, so that nothing was found out. ``like`` are the gates' parameters.
+    nothing was found out, as no number in the output is finite, or NaN comes in with closed gates. What is infinite,
+    as masked logits are, or NaN in the full network too, need only stay so. ``like`` are the gates' parameters.
     """
     make, first, faults = torch.Generator().manual_seed(0), 0, []
     own, every = shaken(model, make), torch.ones_like(like)
+    full = outputs(run(every, own))
+    if not _tells(full, full):
+        return None
     for site in sites:
         z = every.clone()
         z[first : first + site.count] = half_closed(site.count, make).to(z)
         first += site.count
         wanted = outputs(run(z, own))
-        if not all(bool(torch.isfinite(t).all()) for t in wanted):
+        if not _tells(wanted, full):
             return None
         zeroed = own | folded(sites, narrowing, own, z)
         fault = partial(wrong_claim, model, site, partial(run, every, own))
-        if not agree(wanted, outputs(run(every, zeroed))):
+        if not agree(wanted, outputs(run(every, zeroed)), full):
             raise fault("closing them does not do what putting these slices to zero does")
         if site.count > 1:
-            why = _without(narrowing, z, zeroed, wanted, run)
+            why = _without(narrowing, z, zeroed, (wanted, full), run)
             faults += [str(fault(why))] if why else []
     return faults
 
 
-def _without(narrowing: Narrowing, z: Tensor, own: Mapping[str, Tensor], wanted: Sequence[Tensor], run: Run) -> str:
-    """Why the network does not compute the same without the closed units; empty if it does."""
-    kept = narrowing.kept(z > 0)
+def _tells(wanted: Sequence[Tensor], full: Sequence[Tensor]) -> bool:
+    """Whether an output can be compared: some of it is finite, and it is NaN where the full network's is alone."""
+    new = any(bool((a.isnan() & ~b.isnan()).any()) for a, b in zip(wanted, full, strict=True))
+    return not new and any(bool(a.isfinite().any()) for a in wanted)
+
+
+def _without(
+    narrowing: Narrowing,
+    z: Tensor,
+    own: Mapping[str, Tensor],
+    wanted: tuple[Sequence[Tensor], Sequence[Tensor]],
+    run: Run,
+) -> str:
+    """Why the network does not compute what is wanted without the closed units; empty if it does."""
+    kept = {(name, dim): at for (name, dim), at in narrowing.kept(z > 0).items() if len(at) < own[name].shape[dim]}
     parts = {part.name: part.value for part in narrowing.parameters(own, kept)}
     try:
         found = outputs(run((z > 0).to(z.dtype), dict(own) | parts, kept))
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         return f"the network does not run without the closed units ({str(error).strip().partition(chr(10))[0]})"
-    return "" if agree(wanted, found) else "the network without the closed units computes something else"
+    return "" if agree(wanted[0], found, wanted[1]) else "the network without the closed units computes something else"
 
 
 def half_closed(count: int, generator: torch.Generator) -> Tensor:
@@ -91,13 +107,29 @@ def outputs(made: Any) -> list[Tensor]:
     return found
 
 
-def agree(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
-    """Equal but for rounding."""
-    return len(wanted) == len(found) and all(
-        a.shape == b.shape and bool((a - b).abs().amax() <= torch.finfo(a.dtype).eps ** 0.4 * a.abs().amax())
-        for a, b in zip(wanted, found, strict=True)
-        if a.numel() or b.numel()
-    )
+def agree(wanted: Sequence[Tensor], found: Sequence[Tensor], full: Sequence[Tensor] | None = None) -> bool:
+    """Equal but for rounding; what is not finite must be the same.
+
+    Rounding is in proportion to the largest number in each tensor: of those that differ from ``full``'s, if given, so
+    that a constant as large as -1e9 at masked places does not cover up all other differences.
+    """
+    if len(wanted) != len(found):
+        return False
+    return all(_close(a, b, c) for a, b, c in zip(wanted, found, full or wanted, strict=True) if a.numel() or b.numel())
+
+
+def _close(wanted: Tensor, found: Tensor, full: Tensor) -> bool:
+    if wanted.shape != found.shape:
+        return False
+    differ = (wanted != found) & ~(wanted.isnan() & found.isnan())
+    if not differ.any():
+        return True
+    finite = wanted.isfinite()
+    moved = finite & (wanted != full)
+    scale = wanted[moved if moved.any() else finite].abs()
+    if not len(scale):
+        return False
+    return bool((wanted - found)[differ].abs().amax() <= torch.finfo(wanted.dtype).eps ** 0.4 * scale.amax())
 
 
 def wrong_claim(model: nn.Module, site: Site, run: Callable[[], Any], why: str) -> TrainingError:

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,13 +18,15 @@ from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
 from espalier.sparsify.claims import try_sites
 from espalier.sparsify.conditional import Narrowing, Part, Places
+from espalier.sparsify.examples import refuse_batch_norms, try_examples
 from espalier.sparsify.folding import along, folded, masks
 from espalier.sparsify.gating import Gating, Options
+from espalier.sparsify.hooks import Hook, hooks_on, is_on, take_off
 from espalier.sparsify.layer_macs import layer_macs
 from espalier.sparsify.passes import same_noise
-from espalier.sparsify.penalty import expected_l1, expected_l2
+from espalier.sparsify.penalty import add_decay, expected_l1, expected_l2
 from espalier.sparsify.probability import Probability
-from espalier.sparsify.sites import Site
+from espalier.sparsify.sites import Site, checked_sites
 
 
 class Gates(Gating):
@@ -40,16 +44,19 @@ class Gates(Gating):
     >>> gates.probabilities().shape
     torch.Size([8])
 
-    The gates multiply activations through forward hooks: the model is not edited. A copy of the gates has a model of
-    its own; a copy of the model alone still computes with these gates. For gates on the structures
-    of a search space see :class:`SpaceGates`. :meth:`backward` draws
+    The gates multiply activations through forward hooks: the model is not edited. :meth:`finish` folds them into it,
+    and :meth:`remove` takes them off without; new gates on the same side of a layer take their place, with a warning,
+    and the old ones then raise :class:`TrainingError`. A copy of the gates has a model of its own; a copy of the model
+    alone still computes with these gates. :meth:`train` and :meth:`eval` switch the model as well. For gates on the
+    structures of a search space see :class:`SpaceGates`. :meth:`backward` draws
     them, evaluates the loss once ("hc", "ar") or twice ("arm", "disarm", both passes with batch norm in the
     same mode, running statistics updated once) and leaves gradients in the model's parameters and in ``phi``.
     Outside of it, gates have their value after training, Eq. (14): π where π exceeds the threshold, else 0.
 
     The first ``gates(x)`` tries out, in a few more evaluations, whether a unit of each site can go as the site says,
     and raises :class:`TrainingError` where it cannot, as with a batch norm, a sigmoid or a residual addition between
-    the layers; ``sliced`` and ``conditional`` also need that no other layer reads the units.
+    the layers; ``sliced`` and ``conditional`` also need that no other layer reads the units. An input for which no
+    number of the network's output is finite tells nothing: the next is tried.
 
     Args:
         sites: from ``input_gates`` and ``output_gates``.
@@ -63,11 +70,17 @@ class Gates(Gating):
             σ(log α), 1 - droprate in the authors' code: such a gate is not 0 with the larger probability
             σ(logit(initial) - β log(-γ/ζ)), for 0.5 with 0.832, for 0.8 with 0.952.
         per_sample: a draw for each example, in place of one for the whole batch; the loss must then be one
-            per example.
+            per example. Dimension 0 of what reaches each gated layer is the batch, and (but for "hc", whose gradient
+            goes through the network) nothing mixes examples, as each is credited with its own loss alone: batch norms
+            in training mode are refused, and so is what the first ``gates(x)`` of each mode finds out by the first row
+            of outputs [B, ...]. A network with, say, the sequence first from end to end, as long as the batch is
+            large, cannot be told apart: its gates would be of the wrong examples.
         threshold: τ of Eq. (14), from 0 up to but not including 1, or "histogram"; "hc" has its own.
         reference: the paper's gradient factor, biased unless g is the scaled sigmoid.
         conditional: in ``gates(x)``, units whose gate is 0 are not computed, wherever enough are closed for that to
-            be faster.
+            be faster. The layers then compute with narrow copies of their parameters, whose gradients
+            :meth:`backward` adds to ``.grad``: hooks on the parameters' gradients, and the like of
+            ``DistributedDataParallel``, see nothing of it (over ranks :meth:`backward` averages by itself).
         seed: of the gates' own random numbers; equal on all ranks of a distributed run.
     """
 
@@ -89,33 +102,23 @@ class Gates(Gating):
         conditional: bool = False,
         seed: int = 0,
     ):
-        if not sites:
-            raise TrainingError("there is nothing to gate: sites is empty.")
-        names = [site.name for site in sites]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise TrainingError(
-                f"two sites are called '{twice}': give one of them another name, input_gates(..., name='...')."
-            )
-        own = dict(model.named_parameters())
-        for site in sites:
-            if not any(own[s.parameter].requires_grad for s in site.slices):
-                raise TrainingError(
-                    f"'{site.name}' is frozen (requires_grad=False): its gates would have nothing to train."
-                )
+        sites, own = checked_sites(model, sites), dict(model.named_parameters())
         options = Options(
             estimator, g, lam, examples, weight_decay, l1, initial, per_sample, threshold, reference, seed
         )
         counts = [site.count for site in sites]
         sizes = torch.tensor([float(s.size) for s in sites]).repeat_interleave(torch.tensor(counts))
-        super().__init__(model, names, counts, sizes, options)
-        self.sites, self.conditional, self._own = tuple(sites), conditional, own
+        super().__init__(model, [site.name for site in sites], counts, sizes, options)
+        self.sites, self.conditional, self._own = sites, conditional, own
         self.narrowing = Narrowing.of(self.sites)
         touched = dict.fromkeys(name for name, _ in self.narrowing.index)
         self._places = Places(model, touched)
         self._shapes = {name: tuple(own[name].shape) for name in touched if own[name].ndim > 1}
         stops = torch.tensor(counts).cumsum(0).tolist()
         self._span = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+        self._scaling: dict[str, list[tuple[slice, int | None]]] = {}  # weight → the gates it is a product with
+        for site, span in zip(sites, self._span, strict=True):
+            self._scaling.setdefault(site.scaled[0].parameter, []).append((span, site.scaled[0].dim))
         self._kept: dict[tuple[str, int], Tensor] | None = None
         self._is_open: Tensor | None = None  # of the gates that _kept was found from
         self._arriving_whole = [
@@ -126,17 +129,23 @@ class Gates(Gating):
         ]
         self._parts: list[Part] = []
         self._squares: dict[tuple[Any, ...], Tensor] = {}
-        self._hooks = [self._attach(i, site) for i, site in enumerate(self.sites)]
-        self._checked, self._not_narrow = False, ""
+        self._checked, self._in_vain, self._not_narrow = False, False, ""
+        self._alone: set[bool] = set()  # the model's modes in which examples are known not to mix
+        self._replace()
+        self._hooks = [self._hook(index).attach() for index in range(len(sites))]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The gated network; within :meth:`backward` narrowed to the open units where ``conditional``."""
+        if not self._finished:
+            self._need_hooks()
         if not self._checked:
             self._check(args, kwargs)
         if self.conditional:
             self.need_narrow()
         z = self._z
-        if not self.conditional or z is None or z.ndim > 1:
+        if z is not None and z.ndim > 1:
+            self._check_examples(z.detach(), args, kwargs)
+        if not self.conditional or not self._checked or z is None or z.ndim > 1:
             return self.model(*args, **kwargs)
         self._is_open = z.detach() > 0
         self._kept = self.narrowing.kept(self._is_open)
@@ -166,11 +175,15 @@ class Gates(Gating):
         return left <= total * (0.9 if any(len(shape) > 2 for shape in self._shapes.values()) else 0.45)
 
     def expected_norm(self, pi: Tensor, order: int) -> Tensor:
-        """``E|θ|`` or ``E|θ|²`` of the gated layers' weights for gates of these probabilities, Eqs. (17) and (18)."""
-        own, total, expected = self._own, pi.new_zeros(()), {1: expected_l1, 2: expected_l2}[order]
-        for site, span in zip(self.sites, self._span, strict=True):
-            for part in site.scaled[:1]:
-                total = total + expected(pi[span].view(along(part.dim, own[part.parameter])), own[part.parameter])
+        """``E|θ|`` or ``E|θ|²`` of the gated layers' weights for gates of these probabilities, Eqs. (15) to (18).
+
+        A weight whose layer has gates on both sides is there with the product of their probabilities.
+        """
+        total, expected = pi.new_zeros(()), {1: expected_l1, 2: expected_l2}[order]
+        for name, gated in self._scaling.items():
+            weight = self._own[name]
+            both = reduce(torch.mul, [pi[span].view(along(dim, weight)) for span, dim in gated])
+            total = total + expected(both, weight)
         return total
 
     @torch.no_grad()
@@ -207,6 +220,7 @@ class Gates(Gating):
         self._need_check()
         if self._finished:
             raise TrainingError("these gates are folded into the model already (finish): once is enough.")
+        self._need_hooks()
         return folded(self.sites, self.narrowing, self._own, self.expected().detach())
 
     @torch.no_grad()
@@ -218,27 +232,100 @@ class Gates(Gating):
             return self.model
         for name, value in self.folded().items():
             self._own[name].copy_(value)
-        for hook in self._hooks:
-            hook.remove()
+        self.remove()
         self._finished = True
         return self.model
+
+    def remove(self) -> None:
+        """Take the hooks off and leave the parameters as they are: the model computes without gates.
+
+        >>> from espalier.sparsify import input_gates
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+        >>> before = model(x)
+        >>> gates = Gates(model, [input_gates(model, "2", producer="0")])
+        >>> torch.equal(gates(x), before)
+        False
+        >>> gates.remove()
+        >>> torch.equal(model(x), before)
+        True
+
+        These gates then only tell what they are: to train, evaluate, fold or slice raises :class:`TrainingError`.
+        """
+        for hook in self._hooks:
+            hook.remove()
+
+    def train(self, mode: bool = True) -> "Gates":
+        """Training mode, or eval mode, for the gates and for the model."""
+        self.model.train(mode)
+        return super().train(mode)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gates":
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        for index, (site, handle) in enumerate(zip(made.sites, made._hooks, strict=True)):
-            hooks = handle.hooks_dict_ref()
-            if hooks is not None and handle.id in hooks:  # not after finish()
-                hooks[handle.id] = made._hook(index, site)
+        for index, handle in enumerate(made._hooks):
+            if is_on(handle):  # not after finish() and remove()
+                handle.hooks_dict_ref()[handle.id] = made._hook(index)
         return made
 
     # Inside.
 
     def _need_check(self) -> None:
+        if not self._checked and self._in_vain:
+            raise TrainingError(
+                f"what lies between the gated layers, '{self.sites[0].layer}' first, is not known: {_IN_VAIN} Call "
+                "gates(x) with an input whose output is finite before this."
+            )
         if not self._checked:
             raise TrainingError(
                 "what lies between the gated layers is not known yet: call gates(x) once, with any input, before this."
             )
+
+    def _need_hooks(self) -> None:
+        off = next((site.layer for site, h in zip(self.sites, self._hooks, strict=True) if not is_on(h)), None)
+        if off is not None:
+            raise TrainingError(
+                f"the gates on '{off}' are off (remove(), or other gates took their place), so that these gates "
+                "multiply nothing: make new ones, Gates(model, ...)."
+            )
+
+    def _hook(self, index: int) -> Hook:
+        return Hook(self, index, self._span[index], self._own[self.sites[index].scaled[0].parameter])
+
+    def _replace(self) -> None:
+        """Take off what gates a side of a layer that these will gate: both would multiply."""
+        for site in self.sites:
+            for hook in hooks_on(self.model.get_submodule(site.layer), site.side):
+                warnings.warn(
+                    f"the {site.side} of '{site.layer}' has gates already: they are taken off, all of them, and the "
+                    "new ones take their place. finish() folds gates into the model, remove() takes them off.",
+                    stacklevel=3,
+                )
+                take_off(self.model, hook.gates)
+                if not all(is_on(handle) for handle in hook.gates._hooks):  # else they are those of a copy
+                    hook.gates.remove()
+
+    def _evaluate(self, loss: Callable[[], Tensor], z: Tensor) -> Tensor:
+        self._need_hooks()
+        return super()._evaluate(loss, z)
+
+    def _check_examples(self, z: Tensor, args: Any, kwargs: Any) -> None:
+        """With gates of each example's own [B, V], refuse what mixes examples."""
+        if self.estimator == "hc":
+            return  # its gradient goes through whatever mixes them
+        refuse_batch_norms(self.model)
+        if self.model.training in self._alone or len(z) < 2:
+            return
+        drawn = self._z
+
+        def run(gates: Tensor) -> Any:
+            self._z = gates
+            return self.model(*args, **kwargs)
+
+        try:
+            try_examples(self.model, z, run)
+        finally:
+            self._z = drawn
+        self._alone.add(self.model.training)
 
     def need_narrow(self) -> None:
         """Raises :class:`TrainingError` where the network cannot do without its closed units' slices."""
@@ -266,6 +353,9 @@ class Gates(Gating):
             self._z, self._kept = outside, None
         if faults is not None:
             self._checked, self._not_narrow = True, next(iter(faults), "")
+        elif self.conditional and not self._in_vain:
+            warnings.warn(f"conditional=True: {_IN_VAIN} Until one tells, all units are computed.", stacklevel=3)
+        self._in_vain = faults is None
 
     def _collect(self) -> None:
         for part in self._parts:
@@ -280,56 +370,14 @@ class Gates(Gating):
             return super()._shrink(pi, scale)
         if not self.weight_decay:
             return of_pi
-        own, decay = self._own, pi * self.weight_decay * scale
-        for site, span in zip(self.sites, self._span, strict=True):
-            for part in site.scaled[:1]:
-                weight = own[part.parameter]
-                others = [d for d in range(weight.ndim) if d != part.dim]
-                key = part.parameter, weight.dtype, weight.device
-                if key not in self._squares:  # new memory at each step costs more than the arithmetic
-                    self._squares[key] = torch.empty_like(weight)
-                squares = torch.mul(weight, weight, out=self._squares[key])
-                of_pi[span].add_(squares.sum(others), alpha=0.5 * self.weight_decay)
-                if weight.requires_grad:
-                    if weight.grad is None:
-                        weight.grad = torch.zeros_like(weight)
-                    weight.grad.addcmul_(weight, decay[span].to(weight.dtype).view(along(part.dim, weight)))
+        decay = pi * self.weight_decay * scale
+        for name, gated in self._scaling.items():
+            weight = self._own[name]
+            key = name, weight.dtype, weight.device
+            if key not in self._squares:  # new memory at each step costs more than the arithmetic
+                self._squares[key] = torch.empty_like(weight)
+            add_decay(weight, gated, (pi, decay), self.weight_decay, of_pi, self._squares[key])
         return of_pi
 
-    def _attach(self, index: int, site: Site) -> Any:
-        layer, hook = self.model.get_submodule(site.layer), self._hook(index, site)
-        return layer.register_forward_pre_hook(hook) if site.side == "input" else layer.register_forward_hook(hook)
 
-    def _hook(self, index: int, site: Site) -> Callable[..., Any]:
-        layer = self.model.get_submodule(site.layer)
-        last = -1 if isinstance(layer, nn.Linear) else 1
-        own = (site.scaled[0].parameter, site.scaled[0].dim or 0)
-
-        def value(x: Tensor) -> Tensor | None:
-            z = self._z
-            if z is None:
-                z = self.expected().detach()
-            z = z[..., self._span[index]]
-            if self._kept is not None and own in self._kept:
-                if self.estimator != "hc":
-                    return None  # the gates of all units that are here are 1
-                z = z[self._kept[own]]
-            shape = [1] * x.ndim
-            if z.ndim > 1:
-                shape[0] = len(z)
-            shape[last] = z.shape[-1]
-            return z.to(x.dtype).view(shape)
-
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0]
-            if self._kept is not None and own in self._kept and self._is_open is not None:
-                chosen = self.narrowing.selection(f"{site.layer}.weight", self._is_open, self._kept)
-                x = x if chosen is None else x.index_select(1, chosen)
-            z = value(x)
-            return (x if z is None else x * z, *args[1:])
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            z = value(output)
-            return output if z is None else output * z
-
-        return before if site.side == "input" else after
+_IN_VAIN = "the network's output held no finite number, or NaN where gates were closed, for the inputs so far."

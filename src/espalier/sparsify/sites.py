@@ -1,7 +1,8 @@
 """Where gates sit: on the inputs or outputs of named layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,6 +77,8 @@ def output_gates(model: nn.Module, layer: str, consumers: Sequence[str] = (), na
     size per channel where the channels are flattened. Without any, the network keeps its shape (no ``sliced``, no
     conditional computation). Raises :class:`TrainingError` as :func:`input_gates` does.
     """
+    if isinstance(consumers, str):
+        raise TrainingError(f"consumers is a list of layers: consumers=['{consumers}'].")
     _, weight = _weight(model, layer)
     count = weight.shape[0]
     owner = torch.arange(count)
@@ -91,6 +94,55 @@ def output_gates(model: nn.Module, layer: str, consumers: Sequence[str] = (), na
             )
         below.append(Slices(f"{consumer}.weight", 1, owner.repeat_interleave(block)))
     return Site(name or layer, layer, "output", count, weight.numel() / count, own, (*own, *below))
+
+
+def checked_sites(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites. Raises :class:`TrainingError` for those that cannot be gated together, or not in this model."""
+    if isinstance(sites, Site):
+        raise TrainingError(f"sites is one site, '{sites.name}', and no list: give [input_gates(...), ...].")
+    sites = tuple(sites)
+    if not sites:
+        raise TrainingError("there is nothing to gate: sites is empty.")
+    wrong = next((site for site in sites if not isinstance(site, Site)), None)
+    if wrong is not None:
+        raise TrainingError(
+            f"{wrong!r} is no site: make sites with input_gates(model, ...) or output_gates(model, ...)."
+        )
+    twice = _twice(site.name for site in sites)
+    if twice is not None:
+        raise TrainingError(
+            f"two sites are called '{twice}': give one of them another name, input_gates(..., name='...')."
+        )
+    same = _twice((site.layer, site.side) for site in sites)
+    if same is not None:
+        layer, side = same
+        raise TrainingError(f"two sites gate the {side} of '{layer}': both would multiply. Keep one of them.")
+    own = dict(model.named_parameters())
+    for site in sites:
+        _check_own(site, own)
+        if not any(own[s.parameter].requires_grad for s in site.slices):
+            raise TrainingError(
+                f"'{site.name}' is frozen (requires_grad=False): its gates would have nothing to train."
+            )
+    return sites
+
+
+def _check_own(site: Site, own: Mapping[str, torch.Tensor]) -> None:
+    for s in site.slices:
+        if s.dim is None or s.owner is None:
+            continue
+        if s.parameter not in own or own[s.parameter].ndim <= s.dim or own[s.parameter].shape[s.dim] != len(s.owner):
+            there = f"is {list(own[s.parameter].shape)}" if s.parameter in own else "is missing"
+            raise TrainingError(
+                f"site '{site.name}' is of another model: in this one '{s.parameter}' {there}. Make the site with "
+                "input_gates(model, ...) or output_gates(model, ...) of the model that you give to Gates."
+            )
+
+
+def _twice(keys: Iterable[Any]) -> Any:
+    """The first that comes twice."""
+    seen: set[Any] = set()
+    return next((key for key in keys if key in seen or seen.add(key)), None)
 
 
 def _rows(model: nn.Module, layer: str, owner: torch.Tensor) -> tuple[Slices, ...]:

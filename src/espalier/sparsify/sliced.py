@@ -9,16 +9,17 @@ from espalier.sparsify.gates import Gates
 
 
 class Select(nn.Module):
-    """Takes some features of its input: [B, C, ...] → [B, len(index), ...]."""
+    """Takes some features of its input, along ``dim``: [B, C, ...] → [B, len(index), ...]."""
 
     index: Tensor
 
-    def __init__(self, index: Tensor):
+    def __init__(self, index: Tensor, dim: int = 1):
         super().__init__()
+        self.dim = dim
         self.register_buffer("index", index)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.index)
+        return x.index_select(self.dim, self.index)
 
 
 def sliced(gates: Gates) -> nn.Module:
@@ -62,14 +63,14 @@ def sliced(gates: Gates) -> nn.Module:
         full = f"{path}.weight"
         chosen = gates.narrowing.selection(full, is_open, kept) if (full, 1) in gates.narrowing.index else None
         if chosen is not None:
-            small.set_submodule(path, nn.Sequential(Select(chosen), layer))
+            features = 1 - folded[full].ndim  # from the end: linear layers take any number of dimensions before
+            small.set_submodule(path, nn.Sequential(Select(chosen, features), layer))
     return small
 
 
 def _without_hooks(gates: Gates) -> nn.Module:
     copied = copy.deepcopy(gates)
-    for hook in copied._hooks:
-        hook.remove()
+    copied.remove()
     return copied.model
 
 
