@@ -35,7 +35,7 @@ FILES = (
     "sites",
     "gates",
 )
-MORE = ("sliced", "proxsgd", "rmda", "bisect", "penalised", "reading")
+MORE = ("sliced", "proxsgd", "rmda", "bisect", "penalised", "reading", "refusals")
 REST = ["models.lenet5", "models.mlp_l0", "experiments.gsparsity"]
 
 

@@ -42,7 +42,7 @@ def minimiser(b, tau, mu, sparsity, low, high):
 def test_a_step_equals_the_loop_over_groups(kind, sparsity, box):
     model = net()
     opt = kind(layer_groups(model, ["0", "3"]), mu=0.0, lr=0.1, sparsity=sparsity, low=box[0], high=box[1])
-    opt.param_groups[0]["rho" if kind is ProxSGD else "momentum"] = 1.0
+    opt.param_groups[0]["rho" if kind is ProxSGD else "c"] = 1.0
     backward(model)
     before = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
     g = torch.cat([p.grad.flatten() for p in model.parameters()]).numpy()

@@ -101,7 +101,7 @@ def test_all_trials_go_by_the_norms_of_the_model_as_given(warm):
         (ProxSGD, "low", 0.5, "the box holds 0"),
         (ProxSGD, "high", float("nan"), "the box holds 0"),
         (RMDA, "lr", -0.1, "lr is positive"),
-        (RMDA, "momentum", 1.5, r"momentum \(c\) = 1.5"),
+        (RMDA, "c", 1.5, r"momentum \(c\) = 1.5"),
         (RAMDA, "weight_decay", -1.0, "weight_decay=-1.0"),
     ],
 )

@@ -10,23 +10,20 @@ from torch.optim import Optimizer
 
 from espalier.errors import TrainingError
 from espalier.space.solution import Solution
+from espalier.sparsify.frozen import Held
 from espalier.sparsify.grouping import Grouping
 from espalier.sparsify.prox import Runs
 from espalier.sparsify.reading import first_difference, warn_of_norms
+from espalier.sparsify.refusals import (
+    FREE,
+    WHOLE,
+    at_least_zero,
+    refuse_gradients,
+    refuse_keys,
+    refuse_parameters,
+)
 
 _copy, _zero = torch._foreach_copy_, torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
-
-
-def at_least_zero(name: str, value: float) -> None:
-    """Raise unless ``value`` is a finite number that is not negative."""
-    if not 0.0 <= value < float("inf"):
-        raise TrainingError(f"{name}={value}: at least 0, and finite.")
-
-
-def in_unit_interval(name: str, value: float, zero: bool = False) -> None:
-    """Raise unless ``value`` lies in (0, 1], or in [0, 1] with ``zero``."""
-    if not (0.0 <= value <= 1.0 if zero else 0.0 < value <= 1.0):
-        raise TrainingError(f"{name} = {value}: lies in {'[' if zero else '('}0, 1].")
 
 
 class FlatProximal(Optimizer):
@@ -37,6 +34,11 @@ class FlatProximal(Optimizer):
     kept in single precision here and rounded into the model: small steps add up. A gradient that is not finite
     updates nothing: on a CPU the step raises, on an accelerator, where the host would have to wait for the answer,
     the next step or whatever reads the groups does. A step without any gradient does nothing, as in torch.optim.
+
+    A parameter that is frozen later (``requires_grad_(False)``) holds still, whatever its gradient, and so does what
+    is remembered of it; its group counts as zero only where its weights are zero. A group of which only a part is
+    frozen stops the step. Where a gradient is None though the parameter is not frozen, it counts as zero: the group
+    goes on shrinking.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class FlatProximal(Optimizer):
         self._sizes = [p.numel() for p in self._tensors]
         owners, hidden = [], len(grouping)
         for p in self._tensors:
-            owner = grouping.owner.get(self._names[id(p)], torch.tensor(-1)).cpu().expand(p.shape).flatten()
+            owner = grouping.owner.get(self._name(p), torch.tensor(-1)).cpu().expand(p.shape).flatten()
             if bool((owner < 0).any()):
                 owner = torch.where(owner < 0, hidden, owner)
                 hidden += 1
@@ -77,10 +79,15 @@ class FlatProximal(Optimizer):
         self._finite: Tensor | None = None  # of the last step, where nobody waited for it
         self._host_before: dict[str, Tensor] = {}
         self._cache: dict[str, tuple[tuple[float, ...], Any]] = {}
+        self._held: Held | None = None
+        self._hold(tuple(i for i, p in enumerate(self._tensors) if not p.requires_grad))
         self._make_views()
 
     def _name_parameters(self) -> None:
         self._names = {id(p): name for name, p in self.grouping.model.named_parameters()}
+
+    def _name(self, p: nn.Parameter) -> str:
+        return self._names[id(p)]
 
     def _make_views(self) -> None:
         self._views, self._g_views = self._split(self._w), self._split(self._g)
@@ -100,7 +107,7 @@ class FlatProximal(Optimizer):
                 loss = closure()
         self._check_values()
         self._settle()
-        grads = [p.grad for p in self._tensors]
+        grads = [p.grad if p.requires_grad else None for p in self._tensors]
         if all(grad is None for grad in grads):
             return loss
         w, g = self._gather(), self._gather_gradients(grads)
@@ -116,15 +123,21 @@ class FlatProximal(Optimizer):
 
     def _move(self, w: Tensor, g: Tensor) -> Tensor:
         """Update ``w`` and the buffers; returns for how many steps every group has been zero."""
+        held = self._held
+        before = [] if held is None else [(t, t[held.at]) for t in (w, *self._memory())]
         decay = self.per_element("weight_decay")
         if isinstance(decay, Tensor) or decay:
             g = g.addcmul(w, decay) if isinstance(decay, Tensor) else g.add_(w, alpha=decay)
-        factor = self._update(w, g)
-        return (self.dormant + 1).mul_(factor[: len(self.grouping)] == 0)
+        zero = self._update(w, g)[: len(self.grouping)] == 0
+        if held is not None:
+            for tensor, values in before:
+                tensor[held.at] = values
+            zero = torch.where(held.groups, self.runs.sum(w.abs())[: len(self.grouping)] == 0, zero)
+        return (self.dormant + 1).mul_(zero)
 
     def _move_if_finite(self, w: Tensor, g: Tensor) -> Tensor:
         """The same where all gradients are finite, else nothing, without waiting for the device to say which."""
-        self._finite = g.isfinite().all()
+        self._finite = (g.abs() <= self._largest()).all()
         before, old = {name: t.clone() for name, t in self._buffers().items()}, w.clone()
         dormant = self._move(w, g)
         w.copy_(torch.where(self._finite, w, old))
@@ -140,6 +153,16 @@ class FlatProximal(Optimizer):
     def _update(self, w: Tensor, g: Tensor) -> Tensor:
         """Write the new parameters into ``w``; return a number per group [groups], 0 where its solution is zero."""
 
+    def _memory(self) -> list[Tensor]:
+        """What a subclass remembers of the past of every element [elements]."""
+        return []
+
+    def _hold(self, frozen: tuple[int, ...]) -> None:
+        """Let the parameters at these places hold still, and no others."""
+        if frozen != (() if self._held is None else self._held.tensors):
+            parameters = {self._name(p): p.numel() for p in self._tensors}
+            self._held = Held.of(frozen, parameters, self.runs, self.grouping.names) if frozen else None
+
     def _gather(self) -> Tensor:
         """The parameters as they are; in full precision those that are as they were written, rounded."""
         if self._written is None:
@@ -153,6 +176,8 @@ class FlatProximal(Optimizer):
         there = [(view, grad) for view, grad in zip(self._g_views, grads, strict=True) if grad is not None]
         if len(there) < len(grads):
             _zero([view for view, grad in zip(self._g_views, grads, strict=True) if grad is None])
+        without = () if len(there) == len(grads) else [i for i, grad in enumerate(grads) if grad is None]
+        self._hold(tuple(i for i in without if not self._tensors[i].requires_grad))
         try:
             _copy([view for view, _ in there], [grad for _, grad in there])
         except RuntimeError:
@@ -160,7 +185,7 @@ class FlatProximal(Optimizer):
             if not sparse:
                 raise
             raise TrainingError(
-                f"the gradient of '{self._names[id(sparse[0])]}' is sparse: a group's norm needs all of it. Make the "
+                f"the gradient of '{self._name(sparse[0])}' is sparse: a group's norm needs all of it. Make the "
                 "layer with sparse=False."
             ) from None
         return self._g
@@ -186,17 +211,17 @@ class FlatProximal(Optimizer):
     def _check_values(self) -> None:
         """Raise for hyper-parameters out of their ranges; at the start and, as they may be set, at every step."""
         for group in self.param_groups:
+            refuse_keys(WHOLE & group.keys(), type(self).__name__, self.defaults)
             at_least_zero("weight_decay", group["weight_decay"])
 
+    def _largest(self) -> float:
+        """The largest gradient of an element that the step can take."""
+        return torch.finfo(self._w.dtype).max
+
     def _check_finite(self, g: Tensor) -> None:
-        if bool(torch.isfinite(torch.linalg.vector_norm(g))):
-            return
-        bad = [self._names[id(p)] for p in self._tensors if p.grad is not None and not bool(p.grad.isfinite().all())]
-        if bad:
-            raise TrainingError(
-                f"the gradient of '{bad[0]}' is NaN or infinite at step {self.steps_done} ({len(bad)} parameters in "
-                "all); nothing was updated. Lower the learning rate or clip the gradients."
-            )
+        if not bool(torch.linalg.vector_norm(g) <= self._largest()):
+            gradients = dict(zip(map(self._name, self._tensors), self._g_views, strict=True))
+            refuse_gradients(gradients, self._largest(), self.steps_done)
 
     def _settle(self) -> None:
         """Raise if the last step's gradients were not finite: nobody waited then to know."""
@@ -207,27 +232,21 @@ class FlatProximal(Optimizer):
         for name, tensor in self._host_before.items():
             self._buffers()[name].copy_(tensor)
         raise TrainingError(
-            f"a gradient was NaN or infinite at step {self.steps_done}, the last one; it updated nothing. Lower the "
-            "learning rate or clip the gradients."
+            f"a gradient was NaN, infinite or too large at step {self.steps_done}, the last one; it updated nothing. "
+            "Lower the learning rate or clip the gradients."
         )
 
     def _check_tensors(self) -> None:
         unknown = [p for p in self._tensors if id(p) not in self._names]
         if unknown:
             raise TrainingError("params= holds a parameter that is not the grouping's model's own.")
-        mine = {self._names[id(p)] for p in self._tensors}
-        missing = [name for name in self.grouping.owner if name not in mine]
-        if missing:
-            raise TrainingError(
-                f"'{missing[0]}' belongs to a group, but is frozen (requires_grad=False) or not in params=."
-            )
-        if len({p.device for p in self._tensors}) > 1:
-            raise TrainingError("the parameters lie on several devices: the groups' norms need one.")
+        refuse_parameters(self.grouping, {self._name(p): p for p in self._tensors})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Parameters are fixed at the start."""
         if self._ready:
             raise TrainingError("parameters cannot be added later: make a new grouping and a new optimizer.")
+        refuse_keys(param_group.keys() - self.defaults.keys() - FREE, type(self).__name__, self.defaults)
         super().add_param_group(param_group)
 
     # What is zero.
@@ -322,7 +341,7 @@ class FlatProximal(Optimizer):
             "steps_done": self.steps_done,
             "dormant": self.dormant.clone(),
             "buffers": {name: t.clone() for name, t in self._buffers().items()},
-            "params": [[self._names[id(p)] for p in group["params"]] for group in self.param_groups],
+            "params": [[self._name(p) for p in group["params"]] for group in self.param_groups],
             "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
             "names": list(self.grouping.names),
             "settings": self._settings(),
@@ -332,7 +351,7 @@ class FlatProximal(Optimizer):
         """Continue where :meth:`state_dict` was taken. Raises :class:`TrainingError` for another grouping's
         state, and for one of other settings (method, τ, normalisation, schedule).
         """
-        params = [[self._names[id(p)] for p in group["params"]] for group in self.param_groups]
+        params = [[self._name(p) for p in group["params"]] for group in self.param_groups]
         if state_dict.get("names") != list(self.grouping.names) or state_dict["params"] != params:
             raise TrainingError("this optimizer state belongs to another grouping or to other parameters.")
         mine = self._settings()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import TrainingError
-from espalier.sparsify.flat import FlatProximal, at_least_zero
+from espalier.sparsify.flat import FlatProximal
 from espalier.sparsify.grouping import Grouping
 from espalier.sparsify.prox import Boxed, is_cone
+from espalier.sparsify.refusals import at_least_zero
 
 NORMALIZATIONS = ("none", "div", "mul", "init")
 _first: ContextVar[tuple[nn.Module, Mapping[str, Tensor]] | None] = ContextVar("first weights", default=None)

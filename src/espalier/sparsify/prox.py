@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PIECE = 4096  # elements that are added up one after the other: in single precision a long such sum loses its end
+
 
 @dataclass(frozen=True, eq=False)
 class Runs:
@@ -36,9 +38,11 @@ class Runs:
         return cls(length, group, count, len(owner))
 
     def sum(self, x: Tensor) -> Tensor:
-        """One sum per group [count], of a flat vector."""
-        per_run = torch.segment_reduce(x, "sum", lengths=self.length, unsafe=True)
-        return torch.zeros(self.count, dtype=x.dtype, device=x.device).index_add_(0, self.group, per_run)
+        """One sum per group [count], of a flat vector, as precise for large groups as for small ones."""
+        length, group = self._pieces
+        per_piece = torch.segment_reduce(x, "sum", lengths=length, unsafe=True).double()
+        total = torch.zeros(self.count, dtype=torch.float64, device=x.device)
+        return total.index_add_(0, group, per_piece).to(x.dtype)
 
     def norm(self, x: Tensor) -> Tensor:
         """The Euclidean norm of every group."""
@@ -47,6 +51,16 @@ class Runs:
     def spread(self, per_group: Tensor) -> Tensor:
         """Each element's group's value [elements]."""
         return per_group.index_select(0, self.owner)
+
+    @cached_property
+    def _pieces(self) -> tuple[Tensor, Tensor]:
+        """Length and group of the runs, long ones cut into pieces."""
+        if not bool((self.length > PIECE).any()):
+            return self.length, self.group
+        count = (self.length + PIECE - 1) // PIECE
+        run = torch.repeat_interleave(count)
+        nth = torch.arange(len(run), device=run.device) - (count.cumsum(0) - count)[run]
+        return (self.length[run] - nth * PIECE).clamp_max(PIECE), self.group[run]
 
     @cached_property
     def owner(self) -> Tensor:

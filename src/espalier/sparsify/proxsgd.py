@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import TrainingError
-from espalier.sparsify.flat import in_unit_interval
 from espalier.sparsify.grouping import Grouping
 from espalier.sparsify.penalised import Penalised
 from espalier.sparsify.prox import combined_
+from espalier.sparsify.refusals import in_unit_interval, squarable
 from espalier.sparsify.schedule import PowerDecay
 
 PAPER: dict[str, Any] = {"lr": 1e-3, "rho": 0.8, "tau": 1.0, "normalize": "div"}
@@ -65,9 +65,13 @@ class ProxSGD(Penalised):
             equation per group.
         weight_decay: added to the gradient as weight_decay · w.
 
+    ``lr``, ``rho``, ``weight_decay``, ``sparsity``, ``low`` and ``high`` may differ in ``params`` and ``param_groups``;
+    all else is one for all parameters, μ too, and refused there. Parameters frozen later hold still, with their groups.
+
     ``PAPER`` holds the constants of the paper's search. Warns where a group is bound to be zeroed whatever
-    the data. Raises :class:`TrainingError` for values outside these ranges, also where set later, and for gradients
-    that are not finite.
+    the data. Raises :class:`TrainingError` for values outside these ranges, also where set later, for gradients that
+    are not finite (with an adaptive τ also those too large to be squared), for complex parameters, and for groups of
+    which a part is frozen.
     """
 
     def __init__(
@@ -137,6 +141,12 @@ class ProxSGD(Penalised):
         left = combined_(b, self.runs, self._mu_k, tau, self.per_element("sparsity"), low, high, boxed)
         w.lerp_(b, rate * of_step)
         return left
+
+    def _memory(self) -> list[Tensor]:
+        return [self._v, self._r] if isinstance(self.tau, str) else [self._v]
+
+    def _largest(self) -> float:
+        return squarable(self._w.dtype) if isinstance(self.tau, str) else super()._largest()
 
     def _settings(self) -> dict[str, Any]:
         schedule = None if self.schedule is None else asdict(self.schedule)

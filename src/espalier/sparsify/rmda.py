@@ -1,16 +1,16 @@
 """Regularised dual averaging with momentum, plain and adaptive, which finds the support in finite time."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import TrainingError
-from espalier.sparsify.flat import in_unit_interval
 from espalier.sparsify.grouping import Grouping
 from espalier.sparsify.penalised import Penalised
 from espalier.sparsify.prox import box, combined_, group_l21_in_box, group_l21_per_element, soft_threshold
+from espalier.sparsify.refusals import in_unit_interval, squarable
 
 
 class RMDA(Penalised):
@@ -34,11 +34,12 @@ class RMDA(Penalised):
         ŵ = prox of (α_t / β_t) r  at  w_0 - v / β_t        r(w) = Σ μ_k |w_k| + sparsity |w|₁, in the box
         w ← w + c (ŵ - w)
 
-    where c is ``momentum``. The variance of v / α_t falls, so that from some step on ŵ has the support of the
-    limit; ProxSGD with constant steps has no such guarantee. ``restart()`` begins anew from the present
-    weights, as the authors do whenever ``lr`` changes. ``lr`` is positive (a scheduler may come to 0) and one for all
-    parameters. Other arguments (``normalize``, ``sparsity``, ``low``, ``high``, …), the warning of groups that are
-    bound to be zeroed, and errors as of :class:`ProxSGD`.
+    where c is ``momentum``, in ``param_groups`` "c": it weighs the new, and no scheduler may cycle it as a momentum.
+    The variance of v / α_t falls, so that from some step on ŵ has the support of the limit; ProxSGD with constant
+    steps has no such guarantee. ``restart()`` begins anew from the present weights, as the authors do whenever ``lr``
+    changes; call it too when frozen parameters are trained again. ``lr`` is positive (a scheduler may come to 0) and
+    one for all parameters. Other arguments (``normalize``, ``sparsity``, ``low``, ``high``, …), the warning of groups
+    that are bound to be zeroed, and errors as of :class:`ProxSGD`.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class RMDA(Penalised):
         high: float | None = None,
         weight_decay: float = 0.0,
     ):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "c": momentum, "weight_decay": weight_decay}
         defaults |= {"sparsity": sparsity, "low": low, "high": high}
         super().__init__(grouping, mu, params, defaults, normalize, exponent)
         if not all(group["lr"] > 0.0 for group in self.param_groups):
@@ -71,7 +72,7 @@ class RMDA(Penalised):
     def _check_values(self) -> None:
         super()._check_values()
         for group in self.param_groups:
-            in_unit_interval("momentum (c)", group["momentum"])
+            in_unit_interval("momentum (c)", group["c"])
             if not 0.0 <= group["lr"] < float("inf"):
                 raise TrainingError(f"lr = {group['lr']}: lr is positive, and finite.")
         if len({float(group["lr"]) for group in self.param_groups}) > 1:
@@ -104,8 +105,19 @@ class RMDA(Penalised):
         mu = self._unit * (self.mu * float(self._alpha) / beta)
         sparsity = self.per_element("sparsity") * (float(self._alpha) / beta)
         left = combined_(b, self.runs, mu, 1.0, sparsity, low, high, boxed)
-        w.lerp_(b, self.per_element("momentum"))
+        w.lerp_(b, self.per_element("c"))
         return left
+
+    def _memory(self) -> list[Tensor]:
+        return [self._v]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Continue where :meth:`state_dict` was taken. Raises :class:`TrainingError` for a state of other groups or
+        settings.
+        """
+        groups = state_dict.get("param_groups", [])
+        groups = [{"c" if k == "momentum" else k: v for k, v in g.items()} for g in groups]  # its name in older states
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     def _buffers(self) -> dict[str, Tensor]:
         more = {"v": self._v, "start": self._start, "alpha": self._alpha, "since": self._since}
@@ -202,8 +214,14 @@ class RAMDA(RMDA):
             at, groups = boxed.at, boxed.groups
             sides = boxed.of_each(low), boxed.of_each(high)
             new[at], self._norms[groups] = group_l21_in_box(b[at], boxed.runs, mu[groups], p[at], *sides)
-        w.lerp_(new, self.per_element("momentum"))
+        w.lerp_(new, self.per_element("c"))
         return self._norms
+
+    def _memory(self) -> list[Tensor]:
+        return [self._v, self._u]
+
+    def _largest(self) -> float:
+        return squarable(self._w.dtype)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "epsilon": self.epsilon}
