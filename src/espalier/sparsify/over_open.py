@@ -138,14 +138,18 @@ class _OverOpen(nn.Module):
         self.ndim = node.all_input_nodes[0].meta["val"].ndim
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        is_open, mask = self.is_open(), torch.ones((), dtype=x.dtype, device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)  # torch's own norms sum half precision up in single
+        is_open, mask = self.is_open(), torch.ones((), dtype=wide, device=x.device)
         for dim, gates in self.gates.items():
             if gates.device != is_open.device:
                 gates = self.gates[dim] = gates.to(is_open.device)  # once
             shape = [1] * self.ndim
             shape[dim] = -1
-            mask = mask * is_open[gates].to(x).view(shape)
-        return self.formula(x, mask, weight, bias)
+            mask = mask * is_open[gates].to(mask).view(shape)
+        y, kind = self.formula(x, mask, weight, bias), x.dtype
+        for given in (weight, bias):
+            kind = kind if given is None else torch.promote_types(kind, given.dtype)
+        return y.to(kind)
 
 
 def _formula(node: fx.Node, layer: nn.Module | None) -> Formula:
@@ -193,8 +197,8 @@ def _count(mask: Tensor, x: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def _normalised(x: Tensor, mask: Tensor, dims: tuple[int, ...], eps: float | None, rms: bool) -> Tensor:
+    count, x = _count(mask, x, dims), x.to(mask)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    count = _count(mask, x, dims)
     if not rms:
         x = x - (x * mask).sum(dims, keepdim=True) / count
     x = x * mask
@@ -219,7 +223,7 @@ def _groups(groups: int, eps: float) -> Formula:
 
 def _mean(dims: tuple[int, ...], keep: bool) -> Formula:
     def apply(x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        mean = (x * mask).sum(dims, keepdim=True) / _count(mask, x, dims)
+        mean = (x.to(mask) * mask).sum(dims, keepdim=True) / _count(mask, x, dims)
         return mean if keep else mean.squeeze(dims)
 
     return apply

@@ -6,23 +6,28 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+# Their own forward leaves the running statistics alone where it is told so; a subclass's may not.
+_OBEYING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Normalisations keep their mode, but afterwards every buffer of the model is as it was.
 
-    Batch norms leave their running statistics alone, which costs nothing; other buffers are copied and put back.
+    torch's batch norms leave their running statistics alone, which costs nothing; all other buffers, those of
+    subclasses with a forward of their own among them, are copied and put back.
     """
     modules = list(model.modules())
-    norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    exact = [m for m in modules if isinstance(m, _OBEYING) and type(m) in _OBEYING]
+    norms = [m for m in exact if m.training and "forward" not in vars(m)]
     before = [m.track_running_stats for m in norms]
     known = {id(m) for m in norms}
     saved = [
         (m, name, b, b.clone())
         for m in modules
-        if m._buffers and id(m) not in known
         for name, b in m._buffers.items()
-        if b is not None
+        if b is not None and not (id(m) in known and name in _STATISTICS)
     ]
     for m in norms:
         m.track_running_stats = False

@@ -3,7 +3,7 @@
 A closed gate must leave the masked network: every slice of the structure at zero. Often fewer slices do the same.
 Before a batch norm whose scale and shift belong to the structure, the convolution need not be touched (and its
 running statistics then stay those of the open structure); in attention the values suffice, without queries and
-keys; in a segment the last layer, where it alone silences the segment.
+keys; in a segment its last linear operators.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,19 +12,13 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
-from espalier.graph.constants import Constant, annihilator, constant_output
 from espalier.graph.lift import is_tensor
 from espalier.space.search_space import SearchSpace
 from espalier.space.structure import Family, Slices
+from espalier.sparsify.last_linear import LINEAR, MOVES, last_linear
 
 aten = torch.ops.aten
 _PER_CHANNEL = (nn.modules.batchnorm._NormBase,)
-_LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-_MOVES = {
-    aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.clone.default,
-    aten.contiguous.default, aten.unflatten.int, aten.flatten.using_ints, aten.squeeze.dim, aten.unsqueeze.default,
-    aten.expand.default, aten.select.int, aten.slice.Tensor, aten.to.dtype,
-}  # fmt: skip
 
 
 def scaled_slices(space: SearchSpace, family: Family) -> tuple[Slices, ...]:
@@ -39,43 +33,17 @@ def scaled_slices(space: SearchSpace, family: Family) -> tuple[Slices, ...]:
     ['1.weight', '1.bias']
     """
     if family.segments:
-        return _last_layers(space, family)
+        return last_linear(space, family) or family.slices
     if family.components is None:
         return family.slices
     return tuple(_in_channels(space, family))
-
-
-def _last_layers(space: SearchSpace, family: Family) -> tuple[Slices, ...]:
-    """The last layer of each of the family's segments where it alone leaves the same constant, else all slices."""
-    enough: set[str] = set()
-    for segment in family.segments:
-        nodes = space.graph[segment].nodes
-        silent = constant_output(space.trace, nodes, space.zeroed([family.name]))
-        found = None
-        for node in reversed(nodes):
-            names = frozenset(p for p in _parameters(space, node) if p in family.parameters)
-            if not names or annihilator(space.trace, nodes, names) is None:
-                continue
-            alone = constant_output(space.trace, nodes, names)
-            if isinstance(silent, Constant) and isinstance(alone, Constant) and _same(silent, alone):
-                found = names
-            break
-        if not found:
-            return family.slices
-        enough |= found
-    return tuple(s for s in family.slices if s.parameter in enough)
-
-
-def _same(a: Constant, b: Constant) -> bool:
-    pairs = ((a.evaluated, b.evaluated), (a.trained, b.trained))
-    return a.alike == b.alike and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
 
 
 def _parameters(space: SearchSpace, node: fx.Node) -> list[str]:
     if node.op != "call_module":
         return []
     layer = space.trace.graph_module.get_submodule(str(node.target))
-    if not isinstance(layer, _LINEAR):
+    if not isinstance(layer, LINEAR):
         return []
     own = {id(p): name for name, p in space.model.named_parameters()}
     return [own[id(p)] for p in layer.parameters(recurse=False) if id(p) in own]
@@ -121,7 +89,7 @@ def _absorbed(space: SearchSpace, writer: fx.Node, slices: set[str]) -> bool:
                 return False
             if _norm_silences(space, user, slices) or _attention_silences(space, node, user, slices):
                 continue
-            if user.target not in _MOVES:
+            if user.target not in MOVES:
                 return False
             pending.append(user)
     return True
@@ -144,7 +112,7 @@ def _attention_silences(space: SearchSpace, source: fx.Node, node: fx.Node, slic
 
 def _zero(space: SearchSpace, node: object, slices: set[str]) -> bool:
     """Whether the value is all zeros once the slices are: a linear layer's output, moved about."""
-    while isinstance(node, fx.Node) and node.target in _MOVES:
+    while isinstance(node, fx.Node) and node.target in MOVES:
         node = node.args[0]
     if not isinstance(node, fx.Node):
         return False

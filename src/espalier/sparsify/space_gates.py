@@ -1,5 +1,6 @@
 """Gates on the structures of any search space, or on single weights: θ = θ̃ z, with the model left as it is."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,9 @@ from espalier.space.search_space import SearchSpace
 from espalier.space.solution import Solution
 from espalier.space.structure import Family, Slices
 from espalier.sparsify import foreach
+from espalier.sparsify.factors import Factors
 from espalier.sparsify.gating import Gating, Options
+from espalier.sparsify.last_linear import last_linear
 from espalier.sparsify.over_open import averages, over_what_stays, statistics_over_open
 from espalier.sparsify.per_sample import PerSample
 from espalier.sparsify.probability import Probability
@@ -55,12 +58,17 @@ class SpaceGates(Gating):
         conditional: segments whose gate is 0 are not computed. Gates of all other levels multiply; so do those of
             segments with ``per_sample`` and beside gated channels that a norm averages over: a warning names them.
 
+    A segment's gate multiplies its last linear operators (a convolution's batch norm, attention's output projection),
+    and so what the segment yields, once. Where there are none (an LSTM), every gate is 0 or 1: a warning says that what
+    is kept is 1 and not its π, and "hc", whose gates lie between, raises :class:`TrainingError`.
+
     With ``conditional``, and where a norm or a mean goes over gated channels, the network runs as traced: it takes
     the arguments that the space was made with, with their sizes, at any batch size. Others, say ``labels`` or another
     length of sequence, raise :class:`TrainingError`: make the space with them.
 
-    All other arguments are those of :class:`Gates`. Raises :class:`TrainingError` for frozen parameters, and where
-    an operator averages over a gated axis in a way that gates do not know.
+    All other arguments are those of :class:`Gates`. Raises :class:`TrainingError` for frozen parameters, where an
+    operator averages over a gated axis in a way that gates do not know, and where the model's parameters are no longer
+    those that the gates were made for (``load_state_dict(..., assign=True)``).
     """
 
     acts_in_calls = True
@@ -97,9 +105,12 @@ class SpaceGates(Gating):
         super().__init__(model, [f.name for f in self_families], counts, sizes, options)
         self.space, self.families = space, self_families
         device, total = self.phi.device, sum(counts)
-        self._every, self._scaled = _Factors(model, every, total, device), _Factors(model, scaled, total, device)
+        self._every, self._scaled = Factors(model, every, total, device), Factors(model, scaled, total, device)
         place = {f.name: k for k, f in enumerate(space.families)}
         self._starts = starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+        whole = [f.segments != () and last_linear(space, f) is None for f in self_families]
+        _check_whole([f.name for f, w in zip(self_families, whole, strict=True) if w], estimator)
+        self._whole = torch.tensor(whole).repeat_interleave(torch.tensor(counts)).to(device)  # gates that are 0 or 1
         self._structures = [  # first gate, first structure, count
             (starts[k], int(space.structures.offsets[place[f.name]]), len(f))
             for k, f in enumerate(self_families)
@@ -121,6 +132,7 @@ class SpaceGates(Gating):
         if self._finished:
             self._folded[0].training = self.model.training
             return self._folded[0](*args, **kwargs)
+        self._check_parameters()
         z = self._z if self._z is not None else self.expected().detach()
         return self._each(z, args, kwargs) if z.ndim > 1 else self._run(z, args, kwargs)
 
@@ -129,10 +141,13 @@ class SpaceGates(Gating):
         value = super().expected()
         if not self._structures:
             return value
-        phi = self.phi.detach().cpu().to(torch.float64, copy=True)  # by value: not every write raises its version
-        if self._resolved is None or self._resolved[1] != self.threshold or not torch.equal(self._resolved[0], phi):
-            self._resolved = (phi, self.threshold, self._stays(value.detach()))
-        return torch.where(self._resolved[2].to(value.device), torch.maximum(value, self.probabilities()), value)
+        with torch.inference_mode(False):  # what is kept must serve a later pass with gradients
+            phi = self.phi.detach().cpu().to(torch.float64, copy=True)  # by value: not every write raises its version
+            known = self._resolved
+            if known is None or known[1] != self.threshold or not torch.equal(known[0], phi):
+                known = self._resolved = (phi, self.threshold, self._stays(value.detach()))
+        value = torch.where(known[2].to(value.device), torch.maximum(value, self.probabilities()), value)
+        return torch.where(self._whole & (value > 0), 1.0, value)
 
     def expected_norm(self, pi: Tensor, order: int) -> Tensor:
         """``E|θ|`` or ``E|θ|²`` of all gated parameters for gates of these probabilities, Eqs. (15) to (18)."""
@@ -197,6 +212,7 @@ class SpaceGates(Gating):
         (:func:`~espalier.sparsify.over_open.over_what_stays`). A second call folds nothing and returns the same.
         """
         if not self._finished:
+            self._check_parameters()
             value, solution = self.expected(), self.solution()
             foreach.mul_(self._scaled.tensors, self._scaled.of(value))
             foreach.mul_(self._every.tensors, self._every.of((value > 0).to(value)))
@@ -228,6 +244,17 @@ class SpaceGates(Gating):
             network.training = self.model.training
         return functional_call(self.model if network is None else network, named, args, kwargs)
 
+    def _check_parameters(self) -> None:
+        """Raise unless the gated parameters are still the model's own."""
+        gone = self._every.replaced()
+        if gone:
+            raise TrainingError(
+                f"'{gone}' of the model is not the parameter that these gates were made for: it was replaced "
+                "(load_state_dict(assign=True), a parametrization, pruning, a new layer). Load weights without "
+                "assign=True, or make the search space, SpaceGates and the optimizer anew, and load_state_dict() the "
+                "gates' state."
+            )
+
     def _names(self, chosen: Sequence[bool], order: Sequence[float]) -> list[str]:
         """Names of the structures of the chosen gates, in ascending order."""
         rows = [
@@ -249,35 +276,6 @@ class SpaceGates(Gating):
                 if closed[gate + i] and self.space.structures[structure + i].name not in goes:
                     stays[gate + i] = True
         return stays.to(value.device)
-
-
-class _Factors:
-    """One factor per element of every parameter, from one value per gate: a gather and views, no loop over gates."""
-
-    def __init__(self, model: nn.Module, slices: Sequence[tuple[int, Slices]], total: int, device: torch.device):
-        own = dict(model.named_parameters())
-        self.names = list(dict.fromkeys(s.parameter for _, s in slices))
-        self.tensors = [own[name] for name in self.names]
-        place = {name: k for k, name in enumerate(self.names)}
-        self._parts: list[tuple[int, list[int]]] = []
-        index = []
-        for start, s in slices:
-            owner = torch.zeros((), dtype=torch.long) if s.owner is None else s.owner
-            dim, ndim = s.dim or 0, own[s.parameter].ndim
-            shape = [1] * dim + list(owner.shape) + [1] * (ndim - dim - owner.ndim)
-            index.append(torch.where(owner < 0, total, owner + start).flatten())
-            self._parts.append((place[s.parameter], shape))
-        self._lengths = [len(i) for i in index]
-        self._index = torch.cat(index).to(device)
-
-    def of(self, z: Tensor) -> list[Tensor]:
-        """A tensor per parameter that broadcasts against it."""
-        entries = torch.cat([z, z.new_ones(1)]).to(self.tensors[0].dtype).index_select(0, self._index)
-        found: list[Tensor | None] = [None] * len(self.tensors)
-        for (k, shape), part in zip(self._parts, entries.split(self._lengths), strict=True):
-            known, view = found[k], part.view(shape)
-            found[k] = view if known is None else known * view
-        return [f for f in found if f is not None]
 
 
 Placed = list[tuple[int, Slices]]
@@ -318,8 +316,16 @@ def _weight_families(space: SearchSpace, names: Sequence[str] | None) -> list[Fa
     own = dict(space.model.named_parameters())
     if names is None:
         first = {id(p): name for name, p in own.items()}
-        layers = [m for m in space.model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
-        there = list(dict.fromkeys(first[id(m.weight)] for m in layers))
+        layers = {n: m for n, m in space.model.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
+        computed = [path for path, m in layers.items() if "weight" not in m._parameters]
+        if computed:
+            raise TrainingError(
+                f"'{computed[0]}' computes its weight from other parameters (weight_norm, spectral_norm, pruning): "
+                "single weights of it cannot have gates. Make it a parameter first (torch.nn.utils.parametrize."
+                "remove_parametrizations, torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove), or name "
+                "those to gate: weights=[...]."
+            )
+        there = list(dict.fromkeys(first[id(m.weight)] for m in layers.values()))
         names = [name for name in there if own[name].requires_grad]
         if there and not names:
             raise TrainingError(
@@ -339,6 +345,19 @@ def _weight_families(space: SearchSpace, names: Sequence[str] | None) -> list[Fa
         )
         for name in names
     ]
+
+
+def _check_whole(names: Sequence[str], estimator: str) -> None:
+    """Refuse, or warn of, segments that a gate between 0 and 1 cannot multiply."""
+    if not names:
+        return
+    listed = ", ".join(f"'{name}'" for name in names)
+    why = f"no parameters of {listed} multiply its output once (see espalier.sparsify.last_linear)"
+    if estimator == "hc":
+        raise TrainingError(
+            f"{why}, and the gates of 'hc' lie between 0 and 1: take estimator='arm', or leave it out (families=)."
+        )
+    warnings.warn(f"{why}: a gate that is kept in the end is 1 there, not its probability.", stacklevel=3)
 
 
 def _check_trainable(model: nn.Module, families: Sequence[Family]) -> None:
