@@ -10,7 +10,7 @@ def checked_threshold(value: float | str) -> float | str:
     """τ in [0, 1), or "histogram"; raises :class:`TrainingError` for all else."""
     if value == "histogram":
         return value
-    if not hasattr(value, "__float__") or not 0.0 <= value < 1.0:
+    if isinstance(value, str) or not hasattr(value, "__float__") or not 0.0 <= value < 1.0:
         raise TrainingError(f"threshold: a number from 0 up to but not including 1, or 'histogram', not {value!r}.")
     return float(value)
 
