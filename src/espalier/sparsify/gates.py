@@ -254,11 +254,6 @@ class Gates(Gating):
         for hook in self._hooks:
             hook.remove()
 
-    def train(self, mode: bool = True) -> "Gates":
-        """Training mode, or eval mode, for the gates and for the model."""
-        self.model.train(mode)
-        return super().train(mode)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gates":
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))

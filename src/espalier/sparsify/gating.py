@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,11 @@ class Gating(nn.Module):
     def model(self) -> nn.Module:
         """The gated network."""
         return self._model[0]
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, or eval mode, for the gates and for the model."""
+        self.model.train(mode)
+        return super().train(mode)
 
     # What the gates are.
 

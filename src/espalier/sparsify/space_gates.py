@@ -55,8 +55,9 @@ class SpaceGates(Gating):
         families: names of the space's families to gate; by default all of these levels.
         per_sample: a draw for each example, by ``torch.func.vmap`` (where it cannot run the model, a warning says so
             and each example is a pass of its own): every input has the batch first, and batch norms are in eval mode.
-        conditional: segments whose gate is 0 are not computed. Gates of all other levels multiply; so do those of
-            segments with ``per_sample`` and beside gated channels that a norm averages over: a warning names them.
+        conditional: segments whose gate is 0 are not computed, and their norms' running statistics stay as they were.
+            Gates of all other levels multiply; so do those of segments with ``per_sample`` and beside gated channels
+            that a norm averages over: a warning names them.
 
     A segment's gate multiplies its last linear operators (a convolution's batch norm, attention's output projection),
     and so what the segment yields, once. Where there are none (an LSTM), every gate is 0 or 1: a warning says that what
