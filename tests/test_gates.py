@@ -318,3 +318,27 @@ def test_a_copy_computes_with_its_own_gates(conditional):
     assert torch.equal(gates.phi.grad, before)
     gates.finish()
     torch.testing.assert_close(copy.deepcopy(gates)(x), gates.model(x))
+
+
+def test_a_call_that_was_broken_off_leaves_nothing_behind():
+    """Narrow parameters' gradients of the first attempt are not added to the second's."""
+    x, y = batch("mlp")
+    found = []
+    for broken in (True, False):
+        gates = gated(Recipe("mlp", "ar", seed=2), 60_000).double()
+        gates.model.double()
+
+        def fails(gates: Gates = gates) -> torch.Tensor:
+            cross_entropy(gates(x), y).backward()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            gates.backward(fails)
+        if not broken:
+            gates._parts.clear()
+        gates.zero_grad()
+        gates.model.zero_grad()
+        gates.backward(lambda g=gates: cross_entropy(g(x), y))
+        found.append([p.grad for p in gates.model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

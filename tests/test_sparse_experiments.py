@@ -176,6 +176,7 @@ def test_a_training_is_cut_to_every_budget(monkeypatch, method):
     lines = sparse_methods.run(recipe)
     assert [line["budget"] for line in lines] == [0.5, 0.2]
     assert all(line["macs"] <= line["budget"] for line in lines)
+    assert recipe.name != sparse_methods.Recipe(method, 0.05, (0.5,), epochs=3, images=200, batch_size=20).name
     if method == "ramda":
         assert all(line["macs"] <= line["own_macs"] for line in lines)
         assert lines[0]["own_accuracy"] == lines[1]["own_accuracy"]

@@ -69,8 +69,9 @@ class Recipe:
     @property
     def name(self) -> str:
         """Of the run's file."""
-        part = f"-{self.held_out}" if self.held_out else ""
-        return f"{self.method}-{self.strength:g}-{self.epochs}-{self.finetune}-{self.images}-{self.seed}{part}"
+        budgets = "+".join(f"{share:g}" for share in self.macs)
+        size = f"{self.epochs}-{self.finetune}-{self.images}-{self.held_out}"
+        return f"{self.method}-{self.strength:g}-{budgets}-{size}-{self.seed}"
 
 
 STRENGTH = {"proxsgd": 0.01, "rmda": 0.01, "ramda": 0.004, "l0-hc": 0.3, "l0-ar": 0.3, "l0-arm": 0.3}
@@ -160,8 +161,8 @@ def run(recipe: Recipe) -> list[dict[str, Any]]:
     if recipe.method == "h2spg" and len(recipe.macs) > 1:
         return [line for share in recipe.macs for line in run(replace(recipe, macs=(share,)))]
     x, y = load("fashion-mnist", "train", validation=recipe.held_out).tensors()
-    shown = ("validation" if recipe.held_out else "test", recipe.held_out or 0.1)
-    test = load("fashion-mnist", shown[0], validation=shown[1]).tensors()
+    split = "validation" if recipe.held_out else "test"
+    test = load("fashion-mnist", split, validation=recipe.held_out).tensors()
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(recipe.seed))[: recipe.images]
     x, y = x[chosen].to(memory_format=torch.channels_last), y[chosen]  # in which pooling is several times faster
     torch.manual_seed(recipe.seed)
@@ -217,10 +218,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--strength", type=float, help="μ or λ; default: of the method")
-    parser.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.25, 0.1])
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--finetune", type=int, default=1)
-    parser.add_argument("--images", type=int, default=60_000)
+    parser.add_argument("--macs", type=float, nargs="+", default=Recipe.macs)
+    parser.add_argument("--epochs", type=int, default=Recipe.epochs)
+    parser.add_argument("--finetune", type=int, default=Recipe.finetune)
+    parser.add_argument("--images", type=int, default=Recipe.images)
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held-out", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/sparse_methods"))

@@ -301,6 +301,7 @@ class Gates(Gating):
 
     def _evaluate(self, loss: Callable[[], Tensor], z: Tensor) -> Tensor:
         self._need_hooks()
+        self._parts.clear()  # of a call that was broken off
         return super()._evaluate(loss, z)
 
     def _check_examples(self, z: Tensor, args: Any, kwargs: Any) -> None:

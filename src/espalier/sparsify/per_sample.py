@@ -10,6 +10,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from espalier.errors import TrainingError
+from espalier.sparsify.examples import refuse_batch_norms
 from espalier.sparsify.passes import frozen_statistics, same_noise
 
 Run = Callable[[Tensor, Any, Any, bool], Any]
@@ -35,16 +36,7 @@ class PerSample:
 
     def __call__(self, z: Tensor, args: Any, kwargs: Any) -> Any:
         training = self._model.training
-        norms = [
-            name
-            for name, m in self._model.named_modules()
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
-        ]
-        if norms:
-            raise TrainingError(
-                f"'{norms[0]}' averages over the batch, but per_sample=True runs each example with gates of its own: "
-                "take per_sample=False, or put the model into eval mode."
-            )
+        refuse_batch_norms(self._model)
         leaves, form = pytree.tree_flatten((args, kwargs))
         for leaf in leaves:
             if isinstance(leaf, Tensor) and (not leaf.ndim or len(leaf) != len(z)):
